@@ -1,0 +1,34 @@
+from typing import Any
+
+from torch import Tensor
+
+built_with_torch: str
+compiler: str
+
+class Stepper:
+    """The tensor table over one optimizer's params and state; see csrc/torch/stepper.h.
+
+    ``members`` are tuples (param, its state dict or None, group index, name for messages).
+    """
+
+    units_per_chunk: int
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        members: list[tuple[Tensor, dict[str, Any] | None, int, str]],
+    ) -> None: ...
+    def step(
+        self,
+        param_groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> bool:
+        """Update every param that has a gradient. False: nothing was done, because a new stepper is needed."""
+    @property
+    def isa(self) -> str: ...
+
+def isa_levels() -> list[str]: ...
+def chosen_isa() -> str: ...
+def combinations() -> list[tuple[str, str]]: ...

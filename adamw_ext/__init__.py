@@ -1,0 +1,23 @@
+"""A multi-tensor AdamW for PyTorch with the same bits on every path.
+
+>>> from adamw_ext import AdamW          # instead of: from torch.optim import AdamW
+"""
+
+import torch  # noqa: F401  (loads the libraries that the extension binds to)
+
+try:
+    from adamw_ext import _C  # noqa: F401
+except ImportError as error:
+    from importlib import metadata
+
+    raise ImportError(
+        f"adamw_ext {metadata.version('adamw_ext')} cannot be loaded with torch {torch.__version__}: it works only with "
+        f"the torch it was compiled against. Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps . "
+        f"({error})"
+    ) from error
+
+from adamw_ext import functional
+from adamw_ext.info import __version__, build_info
+from adamw_ext.optimizer import AdamW
+
+__all__ = ["AdamW", "__version__", "build_info", "functional"]

@@ -1,0 +1,83 @@
+"""The functional form, with the meaning of :func:`torch.optim.adamw.adamw`."""
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from adamw_ext.state import runs_in_kernel
+
+
+def adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    *,
+    amsgrad: bool,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    lr: float | Tensor,
+    weight_decay: float,
+    eps: float,
+    maximize: bool,
+    capturable: bool = False,
+    differentiable: bool = False,
+) -> None:
+    """Update ``params`` and their state in place by one AdamW step, all or none.
+
+    Args:
+        params: tensors to update, of any supported dtypes and strides, on the CPU (others go through torch).
+        grads, exp_avgs, exp_avg_sqs: one tensor per param, of its shape; gradients of its dtype, moments of its dtype
+            or float32 for bfloat16 and float16 params, laid out in memory as the param.
+        max_exp_avg_sqs: as exp_avgs if ``amsgrad``, else anything.
+        state_steps: one 0-d float32 CPU tensor per param: updates made before this one. Incremented.
+        grad_scale: 1 element; gradients are divided by it, in place too.
+        found_inf: 1 element; anything but 0 makes this call do nothing.
+
+    Raises:
+        RuntimeError, ValueError: before anything has changed, naming the list and index.
+    """
+    if differentiable or not all(runs_in_kernel(param) for param in params):
+        torch_adamw(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
+            state_steps,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=True if grad_scale is not None or found_inf is not None else None,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            has_complex=any(torch.is_complex(param) for param in params),
+            amsgrad=amsgrad,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=maximize,
+        )
+        return
+    torch.ops.adamw_ext.adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        state_steps,
+        grad_scale,
+        found_inf,
+        lr=float(lr),
+        beta1=float(beta1),
+        beta2=float(beta2),
+        weight_decay=float(weight_decay),
+        eps=float(eps),
+        amsgrad=amsgrad,
+        maximize=maximize,
+    )

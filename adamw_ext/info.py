@@ -1,0 +1,31 @@
+"""What this build is: the facts that belong into a bug report."""
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from adamw_ext import _C
+
+__version__ = metadata.version("adamw_ext")
+
+
+def build_info() -> dict[str, Any]:
+    """Facts about this build and the machine it runs on, by name.
+
+    ``isa_levels`` are the instruction sets that this binary holds loops for and this processor can run, ``isa`` the
+    one that a new optimizer takes (``ADAMW_EXT_ISA`` forces it), ``threads`` the most that a step uses.
+    """
+    return {
+        "adamw_ext": __version__,
+        "torch": torch.__version__,
+        "built with torch": _C.built_with_torch,
+        "compiler": _C.compiler,
+        "cuda kernels": False,
+        "isa_levels": _C.isa_levels(),
+        "isa": _C.chosen_isa(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

@@ -1,0 +1,207 @@
+"""The optimizer class: torch.optim.AdamW's interface over the multi-tensor kernel."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adamw_ext import _C
+from adamw_ext.state import Carried, StateLoad, carry_tensors, conform_state, new_state, runs_in_kernel
+from adamw_ext.torch_path import step_group
+
+# What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
+_IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), all parameters in one multi-tensor kernel.
+
+    A drop-in for :class:`torch.optim.AdamW`: the same arguments, defaults, errors, group keys, state keys and state
+    dicts. CPU params are updated by the hand-written kernel, in one parallel region for the whole model, with the same
+    bits for every instruction set and thread count. Params on other devices and of tensor subclasses, and groups with
+    ``differentiable=True``, go through torch's own functional AdamW.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or group dicts. float64, float32, bfloat16, float16, or complex;
+            any strides. Gradients have the param's shape, dtype and device.
+        lr: learning rate, a float or a 1-element tensor (read at every step).
+        betas: decay rates of the two moments, in [0, 1); floats or 1-element tensors.
+        eps: added to the denominator, in units of the gradient.
+        weight_decay: decoupled weight decay; each step takes ``lr * weight_decay`` of the param away.
+        amsgrad: divide by the largest second moment so far (Reddi, Kale and Kumar 2018, arXiv 1904.09237).
+        maximize: ascend instead of descending.
+        foreach: accepted; the multi-tensor kernel is always used.
+        capturable: keep ``step`` on the param's device.
+        differentiable: let autograd record the step (torch's implementation).
+        fused: also makes the optimizer apply ``GradScaler``'s scale itself (``_step_supports_amp_scaling``).
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as torch.optim.AdamW for the same mistakes. ``step`` raises before it
+            changes anything, and names the parameter, what was expected and what came.
+    """
+
+    _stepper: _C.Stepper | None = None
+    _elsewhere: list[tuple[int, list[Tensor]]]  # (group index, params) that torch's functional AdamW updates
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every param that has a gradient, all or none.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
+
+        Returns:
+            What ``closure`` returned, or None.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        if self._stepper is None or not self._try_step(grad_scale, found_inf):
+            self._step_anew(grad_scale, found_inf)
+        if self._elsewhere:
+            self._accelerator_health_check()
+            for index, params in self._elsewhere:
+                step_group(self.param_groups[index], params, self.state, grad_scale, found_inf)
+        return loss
+
+    def init_state(self) -> None:
+        """Create the state of every param that has none, as if before its first update.
+
+        For checkpoints that must hold all state, of frozen and never-used params too, and for capturing the first step.
+        """
+        for group in self.param_groups:
+            for param in group["params"]:
+                if not self.state.get(param):
+                    self.state[param] = new_state(param, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch.optim.AdamW.
+
+        Hyperparameters and state come from the dict. The constructor's implementation flags (``foreach``,
+        ``capturable``, ``differentiable``, ``fused``), a tensor ``lr``, and the addresses of state tensors that fit
+        stay. Moments keep the dict's dtype where a kernel takes it (float32 moments of a bfloat16 param).
+
+        Raises:
+            ValueError: another number of groups or params, or state of another shape. Nothing has changed then.
+        """
+        hook_key = object()
+        self._optimizer_load_state_dict_pre_hooks[hook_key] = carry_tensors  # type: ignore[index]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            del self._optimizer_load_state_dict_pre_hooks[hook_key]  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "param_groups" in self.__dict__:  # torch's load_state_dict; unpickling starts from nothing
+            self._finish_load(state)
+        super().__setstate__(state)
+        self._stepper = None
+        if any(group.get("fused") for group in self.param_groups):
+            self._step_supports_amp_scaling = True
+
+    def _try_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+        """One step with the stepper at hand; False if it no longer fits, for whatever reason: nothing has changed."""
+        assert self._stepper is not None
+        try:
+            return self._stepper.step(self.param_groups, self.state, grad_scale, found_inf)
+        except (RuntimeError, ValueError, TypeError, KeyError):
+            return False  # a new stepper either takes the change (params moved to another dtype) or raises the same
+
+    def _step_anew(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """One step with a new stepper, which creates missing state. On an error, state created here is taken back."""
+        created: list[Tensor] = []
+        try:
+            self._stepper = self._make_stepper(created)
+            if not self._stepper.step(self.param_groups, self.state, grad_scale, found_inf):
+                raise RuntimeError("params or state were changed by another thread during step()")
+        except BaseException:
+            self._stepper = None
+            for param in created:
+                del self.state[param]
+            raise
+
+    def _make_stepper(self, created: list[Tensor]) -> _C.Stepper:
+        members: list[tuple[Tensor, dict[str, Any] | None, int, str]] = []
+        self._elsewhere = []
+        for index, group in enumerate(self.param_groups):
+            elsewhere = []
+            for position, param in enumerate(group["params"]):
+                if group["differentiable"] or not runs_in_kernel(param):
+                    elsewhere.append(param)
+                    continue
+                state = self.state.get(param)
+                if state:
+                    conform_state(param, state, group)
+                elif param.grad is not None:
+                    created.append(param)
+                    state = self.state[param] = new_state(param, group)
+                members.append((param, state or None, index, param_name(group, index, position)))
+            if elsewhere:
+                self._elsewhere.append((index, elsewhere))
+        return _C.Stepper(self.param_groups, self.state, members)
+
+    def _finish_load(self, incoming: dict[str, Any]) -> None:
+        """Turn what torch's load_state_dict is about to install into what this class keeps."""
+        groups: list[dict[str, Any]] = incoming["param_groups"]
+        for current, loaded in zip(self.param_groups, groups, strict=True):
+            for flag in _IMPLEMENTATION_FLAGS:
+                loaded[flag] = current[flag]
+        state: dict[Any, Any] = incoming["state"]
+        loads = {}
+        for index, group in enumerate(groups):
+            for position, param in enumerate(group["params"]):
+                if param in state:
+                    name = param_name(group, index, position)
+                    loads[param] = StateLoad(param, name, group, state[param], self.state.get(param, {}))
+        for current, loaded in zip(self.param_groups, groups, strict=True):
+            if isinstance(current["lr"], Tensor) and "lr" in loaded:
+                loaded["lr"] = current["lr"].fill_(float(loaded["lr"]))
+        for owner, items in state.items():
+            if owner in loads:
+                state[owner] = loads[owner].apply()
+            elif isinstance(items, dict):  # of no param here: as it came
+                state[owner] = {k: v.tensor if isinstance(v, Carried) else v for k, v in items.items()}
+
+    def _accelerator_health_check(self) -> None:
+        """torch's: refuses to capture a step that is not capturable."""
+        check = getattr(self, "_accelerator_graph_capture_health_check", None)
+        (check or self._cuda_graph_capture_health_check)()
+
+
+def param_name(group: dict[str, Any], index: int, position: int) -> str:
+    """How messages call a param: by its name where the user gave names, else by its place."""
+    names = group.get("param_names")
+    where = f"group {index}, index {position}"
+    return f"param {names[position]!r} ({where})" if names else f"param ({where})"

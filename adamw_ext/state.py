@@ -1,0 +1,159 @@
+"""The state of one parameter: how it is created, brought into shape, and loaded.
+
+Per parameter: ``step`` (0-d float32, how many updates were made; on the param's device if capturable or fused, else on
+the CPU), ``exp_avg`` and ``exp_avg_sq`` (as the param; float32 is also taken for a bfloat16 or float16 param), and with
+amsgrad ``max_exp_avg_sq`` (as ``exp_avg``). The keys are torch.optim.AdamW's, so state dicts go both ways.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adamw_ext import _C
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+_COMBINATIONS = {(getattr(torch, param), getattr(torch, moments)) for param, moments in _C.combinations()}
+
+
+def runs_in_kernel(param: Tensor) -> bool:
+    """Whether the hand-written kernel updates this param: strided CPU memory that belongs to no tensor subclass."""
+    return (
+        param.device.type == "cpu"
+        and param.layout == torch.strided
+        and not torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python)
+    )
+
+
+def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Zeros, in the param's own memory layout."""
+    state = {
+        "step": torch.zeros((), dtype=torch.float32, device=_step_device(param, group)),
+        "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False),
+        "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False),
+    }
+    if group["amsgrad"]:
+        state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
+    return state
+
+
+def conform_state(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Bring equal values into the form that the kernel takes: a float32 ``step``, moments laid out as the param.
+
+    Other shapes and dtypes are left alone, for the kernel's checks to refuse.
+    """
+    step = state.get("step")
+    device = _step_device(param, group)
+    if _holds_number(step) and not (
+        isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == device and step.dim() == 0
+    ):
+        state["step"] = _new_step(step, device)
+    for key in MOMENTS:
+        moment = state.get(key)
+        if isinstance(moment, Tensor) and moment.shape == param.shape and not _laid_out_as(moment, param):
+            state[key] = _laid_out_copy(moment, param, moment.dtype)
+
+
+class Carried:
+    """A tensor on its way through torch's ``load_state_dict``, which casts every tensor it sees to the param's dtype
+    (pytorch#75224) and may alias it to the dict that is being loaded."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def carry_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A load_state_dict pre-hook: the same dict with the params' tensors as :class:`Carried`."""
+    carried = {
+        index: {key: Carried(value) if isinstance(value, Tensor) else value for key, value in items.items()}
+        if isinstance(items, dict)
+        else items
+        for index, items in state_dict["state"].items()
+    }
+    return {**state_dict, "state": carried}
+
+
+class StateLoad:
+    """Loads into one param's state, in two steps so that a refusal leaves everything as it was.
+
+    Making one checks every loaded item; :meth:`apply` then returns the new state. A tensor that exists already with the
+    same shape, dtype and device receives the values and keeps its address; others are copies, so that nothing is shared
+    with the dict that was loaded.
+
+    Raises ValueError, naming parameter and key, what was expected and what came.
+    """
+
+    def __init__(
+        self, param: Tensor, name: str, group: dict[str, Any], loaded: dict[str, Any], existing: dict[str, Any]
+    ) -> None:
+        self._param = param
+        self._existing = existing
+        self._device = _step_device(param, group)
+        self._loaded = {key: value.tensor if isinstance(value, Carried) else value for key, value in loaded.items()}
+        if self._loaded and not _holds_number(self._loaded.get("step")):
+            raise ValueError(
+                f"loaded state 'step' of {name} must be a number or a 1-element tensor, "
+                f"but is {self._loaded.get('step', 'missing')!r}"
+            )
+        for key in MOMENTS:
+            moment = self._loaded.get(key)
+            if key in self._loaded and not (isinstance(moment, Tensor) and moment.shape == param.shape):
+                found = f"shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else repr(moment)
+                raise ValueError(f"loaded state {key!r} of {name} must have shape {tuple(param.shape)}, but has {found}")
+
+    def apply(self) -> dict[str, Any]:
+        return {key: self._load(key, value) for key, value in self._loaded.items()}
+
+    def _load(self, key: str, value: Any) -> Any:
+        if key == "step":
+            return _into(self._existing.get(key), _new_step(value, self._device))
+        if key in MOMENTS:
+            dtype = _moment_dtype(self._param, value)
+            existing = self._existing.get(key)
+            if isinstance(existing, Tensor) and existing.dtype == dtype and existing.shape == value.shape:
+                return _into(existing, value)
+            return _laid_out_copy(value, self._param, dtype)
+        if isinstance(value, Tensor):  # a key that is not ours: torch's rule
+            dtype = self._param.dtype if self._param.is_floating_point() else value.dtype
+            return value.to(device=self._param.device, dtype=dtype, copy=True)
+        return value
+
+
+def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
+    return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
+
+
+def _holds_number(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
+
+
+def _new_step(value: Any, device: torch.device) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float32, device=device)
+
+
+def _moment_dtype(param: Tensor, loaded: Tensor) -> torch.dtype:
+    """The loaded dtype where a kernel takes it, else torch's rule: the param's."""
+    keeps = runs_in_kernel(param) and (param.dtype, loaded.dtype) in _COMBINATIONS
+    return loaded.dtype if keeps else param.dtype
+
+
+def _into(existing: Any, value: Tensor) -> Tensor:
+    if isinstance(existing, Tensor) and (existing.shape, existing.dtype) == (value.shape, value.dtype):
+        return existing.copy_(value)
+    return value
+
+
+def _laid_out_copy(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+    return copy.copy_(value)
+
+
+def _laid_out_as(moment: Tensor, param: Tensor) -> bool:
+    """Whether both put their elements in the same order; strides of dimensions of size 1 do not matter."""
+    expected = torch.empty_like(param, device="meta", memory_format=torch.preserve_format).stride()
+    return all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(moment.shape, moment.stride(), expected, strict=True)
+    )

@@ -1,0 +1,55 @@
+"""Params that the hand-written kernel does not take: torch's own functional AdamW updates them.
+
+These are the params of differentiable groups, and tensors on devices or of classes that this build has no kernel for.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+from adamw_ext.state import new_state
+
+
+def step_group(
+    group: dict[str, Any],
+    params: list[Tensor],
+    states: dict[Tensor, dict[str, Any]],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """Update those of ``params`` (all of ``group``) that have a gradient, creating missing state."""
+    active = [param for param in params if param.grad is not None]
+    for param in active:
+        if param.grad is not None and param.grad.is_sparse:
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        if not states[param]:
+            states[param].update(new_state(param, group))
+    if not active:
+        return
+    of_key = {key: [states[p][key] for p in active] for key in ("exp_avg", "exp_avg_sq", "step")}
+    beta1, beta2 = group["betas"]
+    with torch.set_grad_enabled(group["differentiable"]):
+        torch_adamw(
+            active,
+            [param.grad for param in active],  # type: ignore[misc]
+            of_key["exp_avg"],
+            of_key["exp_avg_sq"],
+            [states[p]["max_exp_avg_sq"] for p in active] if group["amsgrad"] else [],
+            of_key["step"],
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            differentiable=group["differentiable"],
+            fused=group["fused"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            has_complex=any(torch.is_complex(param) for param in active),
+            amsgrad=group["amsgrad"],
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+        )

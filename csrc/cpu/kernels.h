@@ -1,0 +1,52 @@
+// The loops over the elements of one chunk: one set per instruction set, all compiled from kernels_body.inc.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/dtypes.h"
+#include "../core/table.h"
+#include "isa.h"
+
+// Levels beyond the baseline are built where the compiler can aim single functions at them.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ADAMW_EXT_X86_LEVELS 1
+#else
+#define ADAMW_EXT_X86_LEVELS 0
+#endif
+
+namespace adamw_ext::cpu {
+
+// Updates elements [begin, end) of one entry.
+using UpdateKernel = void (*)(const TensorEntry& entry, const StepScalars<double>& scalars, std::int64_t begin,
+                              std::int64_t end);
+
+// Multiplies elements [begin, end) of one entry's gradient by `factor`, in place.
+using UnscaleKernel = void (*)(const TensorEntry& entry, double factor, std::int64_t begin, std::int64_t end);
+
+struct KernelSet {
+  UpdateKernel update[combination_count][2];  // by combination and amsgrad
+  UnscaleKernel unscale[combination_count];
+};
+
+namespace baseline {
+extern const KernelSet kernels;
+}
+#if ADAMW_EXT_X86_LEVELS
+namespace avx2 {
+extern const KernelSet kernels;
+}
+namespace avx512 {
+extern const KernelSet kernels;
+}
+#endif
+
+inline const KernelSet& kernels_of(Isa isa) {
+#if ADAMW_EXT_X86_LEVELS
+  if (isa == Isa::avx2) return avx2::kernels;
+  if (isa == Isa::avx512) return avx512::kernels;
+#endif
+  (void)isa;
+  return baseline::kernels;
+}
+
+}  // namespace adamw_ext::cpu

@@ -1,0 +1,58 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <atomic>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include "kernels.h"
+
+namespace adamw_ext::cpu {
+namespace {
+
+constexpr std::int64_t min_units_per_chunk = 32;   // 2,048 elements: a few microseconds of work
+constexpr std::int64_t max_units_per_chunk = 256;  // 16,384 elements: enough chunks for threads to even out
+constexpr std::int64_t chunks_per_thread = 8;
+
+std::int64_t choose_units_per_chunk(const Table& table, const LaunchOptions& options) {
+  if (options.units_per_chunk > 0) return options.units_per_chunk;
+  return std::clamp(table.unit_count / (options.threads * chunks_per_thread), min_units_per_chunk,
+                    max_units_per_chunk);
+}
+
+// An OpenMP runtime whose threads were lost in a fork never returns from its next parallel region.
+std::atomic<bool> in_forked_child{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+#endif
+
+}  // namespace
+
+void launch(const Table& table, const LaunchOptions& options) noexcept {
+  const KernelSet& kernels = kernels_of(options.isa);
+  const std::int64_t units_per_chunk = choose_units_per_chunk(table, options);
+  const std::int64_t chunk_count = (table.unit_count + units_per_chunk - 1) / units_per_chunk;
+
+  const auto update_segment = [&](const TensorEntry& entry, std::int64_t begin, std::int64_t end) {
+    kernels.update[entry.combination][entry.amsgrad](entry, table.scalars[entry.scalars], begin, end);
+    if (options.unscale != 1.0) kernels.unscale[entry.combination](entry, options.unscale, begin, end);
+  };
+
+  // Threads take the next chunk when they are done with one, so a thread that the system holds up delays one chunk.
+  std::atomic<std::int64_t> next_chunk{0};
+  const auto work = [&] {
+    for (std::int64_t chunk; (chunk = next_chunk.fetch_add(1, std::memory_order_relaxed)) < chunk_count;) {
+      const std::int64_t begin = chunk * units_per_chunk;
+      for_each_segment(table, begin, std::min(begin + units_per_chunk, table.unit_count), update_segment);
+    }
+  };
+
+  const int threads = in_forked_child ? 1 : static_cast<int>(std::min<std::int64_t>(options.threads, chunk_count));
+  if (threads <= 1) return work();
+#pragma omp parallel num_threads(threads)
+  work();
+}
+
+}  // namespace adamw_ext::cpu

@@ -1,0 +1,30 @@
+// Whether an optimizer's Python containers still hold the objects that its stepper was built from.
+//
+// Users and libraries edit `param_groups` and `state` between steps: they swap params, replace or delete state, add
+// groups. A watch compares identities, a few nanoseconds an object and no hashing, so that every step can look.
+#pragma once
+
+#include <Python.h>
+
+#include <ATen/core/Tensor.h>
+
+#include <vector>
+
+namespace adamw_ext::python {
+
+// Requires a tensor; the caller has checked.
+const at::Tensor& unpack(PyObject* tensor);
+bool is_tensor(PyObject* object);
+
+class Watch {
+ public:
+  // Remembers every param of every group, and every item of the state. Borrows: the stepper's weak references see to
+  // it that no other tensor can come to stand at a remembered address.
+  void remember(PyObject* param_groups, PyObject* state);
+  bool matches(PyObject* param_groups, PyObject* state) const;
+
+ private:
+  std::vector<const void*> seen_;
+};
+
+}  // namespace adamw_ext::python

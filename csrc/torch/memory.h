@@ -1,0 +1,83 @@
+// What a tensor's memory looks like, and what of it a kernel may touch directly.
+//
+// A kernel walks a tensor as `numel` consecutive elements from one pointer. That is right only for a plain strided
+// CPU tensor, without lazy conjugation or negation, whose elements fill their memory without gaps. Everything here
+// decides that question, or explains in words why the answer is no.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "../core/dtypes.h"
+
+namespace adamw_ext {
+
+// Sizes and strides that several tensors share.
+class Layout {
+ public:
+  c10::SmallVector<std::int64_t, 5> sizes;
+  c10::SmallVector<std::int64_t, 5> strides;
+
+  static Layout of(const c10::TensorImpl& tensor);
+
+  // Whether the tensor puts every element where this layout does. Strides of dimensions of size 1 do not matter.
+  bool matches(const c10::TensorImpl& tensor) const {
+    return (tensor.sizes() == c10::IntArrayRef(sizes) && tensor.strides() == c10::IntArrayRef(strides)) ||
+           matches_loosely(tensor);
+  }
+
+ private:
+  bool matches_loosely(const c10::TensorImpl& tensor) const;
+};
+
+// The storage type that holds a tensor's numbers (a complex tensor's real and imaginary parts), if kernels know it.
+std::optional<DType> storage_dtype(c10::ScalarType dtype);
+
+// Plain strided memory on the CPU: no subclass, no sparse, quantized, meta or lazy representation.
+inline bool is_plain_cpu(const c10::TensorImpl& tensor) {
+  using c10::DispatchKey;
+  constexpr auto plain_keys =
+      c10::DispatchKeySet(DispatchKey::CPU) | c10::DispatchKeySet(DispatchKey::AutogradCPU) |
+      c10::DispatchKeySet(DispatchKey::AutocastCPU) | c10::DispatchKeySet(DispatchKey::ADInplaceOrView);
+  const c10::DispatchKeySet keys = tensor.key_set();
+  return keys.has(DispatchKey::CPU) && (keys.raw_repr() & ~plain_keys.raw_repr()) == 0 && tensor.has_storage();
+}
+
+// Plain, and its elements fill a range of memory without gaps or overlap.
+bool is_dense(const c10::TensorImpl& tensor);
+
+// Whether two indices of this tensor may name the same memory. True where that cannot be excluded cheaply.
+bool may_overlap_itself(const c10::TensorImpl& tensor);
+
+// The first element, for reading and writing. Shared copy-on-write memory is made the tensor's own.
+inline void* mutable_data(const c10::TensorImpl& tensor) {
+  if (tensor.numel() == 0) return nullptr;
+  auto* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  return static_cast<char*>(storage->mutable_data()) + tensor.storage_offset() * tensor.itemsize();
+}
+
+inline const void* const_data(const c10::TensorImpl& tensor) {
+  if (tensor.numel() == 0) return nullptr;
+  const auto* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  return static_cast<const char*>(storage->data()) + tensor.storage_offset() * tensor.itemsize();
+}
+
+// Whether the storage holds `numel` elements from the tensor's first on: all of a dense tensor.
+inline bool run_within_storage(const c10::TensorImpl& tensor) {
+  return tensor.numel() == 0 || static_cast<std::size_t>(tensor.storage_offset() + tensor.numel()) *
+                                        tensor.itemsize() <=
+                                    tensor.unsafe_storage().unsafeGetStorageImpl()->nbytes();
+}
+
+// Throws unless the tensor's storage holds all of its elements, whatever its strides. `name` opens the message.
+void check_within_storage(const c10::TensorImpl& tensor, const std::string& name);
+
+// "shape [2, 3], torch.float32, on cpu", for messages.
+std::string describe(const c10::TensorImpl& tensor);
+std::string dtype_name(c10::ScalarType dtype);
+
+}  // namespace adamw_ext

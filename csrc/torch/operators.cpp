@@ -1,0 +1,58 @@
+// The registered operators: the functional form, for torch.ops and everything that calls through the dispatcher.
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+#include "stepper.h"
+
+namespace adamw_ext {
+namespace {
+
+at::Tensor element(at::TensorList list, std::size_t index) { return list.empty() ? at::Tensor() : list[index]; }
+
+void adamw_cpu(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+               at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const std::optional<at::Tensor>& grad_scale,
+               const std::optional<at::Tensor>& found_inf, double lr, double beta1, double beta2, double weight_decay,
+               double eps, bool amsgrad, bool maximize) {
+  const std::size_t count = params.size();
+  const auto check_length = [&](at::TensorList list, const char* name) {
+    TORCH_CHECK(list.size() == count, name, " must have one tensor for each of the ", count, " params, but has ",
+                list.size());
+    for (std::size_t i = 0; i < count; ++i) TORCH_CHECK(list[i].defined(), name, "[", i, "] is undefined");
+  };
+  check_length(params, "params");
+  check_length(grads, "grads");
+  check_length(exp_avgs, "exp_avgs");
+  check_length(exp_avg_sqs, "exp_avg_sqs");
+  check_length(state_steps, "state_steps");
+  if (amsgrad) check_length(max_exp_avg_sqs, "max_exp_avg_sqs");
+  if (count == 0) return;
+
+  const std::vector<GroupOptions> groups{{{lr, beta1, beta2, eps, weight_decay}, amsgrad, maximize}};
+  check_hyper(groups[0].hyper, -1);
+  std::vector<Member> members;
+  members.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    members.push_back({params[i], state_steps[i], exp_avgs[i], exp_avg_sqs[i],
+                       element(amsgrad ? max_exp_avg_sqs : at::TensorList(), i), 0,
+                       "params[" + std::to_string(i) + "]"});
+  }
+  Stepper stepper(members);
+  const at::Tensor undefined;
+  const StepInputs inputs{groups, grads, grad_scale ? *grad_scale : undefined, found_inf ? *found_inf : undefined};
+  if (stepper.prepare(inputs) != Stepper::Ready::run) return;
+  stepper.run();
+  stepper.finish();
+}
+
+}  // namespace
+
+TORCH_LIBRARY(adamw_ext, library) {
+  library.def(
+      "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+      "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor? grad_scale=None, Tensor? found_inf=None, *, "
+      "float lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(adamw_ext, CPU, library) { library.impl("adamw_", &adamw_cpu); }
+
+}  // namespace adamw_ext

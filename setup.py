@@ -1,0 +1,69 @@
+"""Builds adamw_ext._C against the installed torch.
+
+ADAMW_EXT_CUDA=auto|0|1 decides whether CUDA kernels are compiled; auto compiles them where torch was built with CUDA
+and nvcc is found. MAX_JOBS limits the number of compilers that run at once.
+"""
+
+import glob
+import os
+import platform
+import subprocess
+import sys
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError as error:
+    sys.exit(
+        f"adamw_ext compiles against the torch it will run with, and torch cannot be imported here ({error}). "
+        "Install torch first, then: pip install --no-build-isolation ."
+    )
+
+OLDEST_TORCH = (2, 8)
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    sys.exit(f"adamw_ext needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, but found {torch.__version__}.")
+
+
+def compiler_version() -> str:
+    command = [os.environ.get("CXX", "c++"), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def compile_flags() -> list[str]:
+    flags = [
+        "-O3",
+        "-g0",
+        "-fvisibility=hidden",
+        "-Wall",
+        # The arithmetic must give the same bits on every instruction set: no contraction, no fast-math. The two
+        # relaxations concern errno and traps only, and let loops with square roots and selects become vector code.
+        "-fno-fast-math",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        f'-DADAMW_EXT_BUILT_WITH_TORCH="{torch.__version__}"',
+        f'-DADAMW_EXT_COMPILER="{compiler_version()}"',
+    ]
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags += ["-march=x86-64", "-mtune=generic"]  # wider loops are chosen at run time, never by -march=native
+    if torch.backends.openmp.is_available() and sys.platform == "linux":
+        # Compiled, but not linked: the symbols bind to the OpenMP runtime that torch has loaded, so that the process
+        # has one thread pool and not two.
+        flags.append("-fopenmp")
+    return flags
+
+
+setup(
+    ext_modules=[
+        cpp_extension.CppExtension(
+            "adamw_ext._C",
+            sources=sorted(glob.glob("csrc/*/*.cpp")),
+            extra_compile_args=compile_flags(),
+        )
+    ],
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    # A build is bound to its torch's C++ interface, so this is the only torch it may be installed with.
+    install_requires=[f"torch=={torch.__version__.split('+')[0]}"],
+)
