@@ -1,7 +1,7 @@
 // The scalars of one step: what `update.h` needs beside the four numbers of an element.
 //
 // They are computed once per (group, step) in double, with additions, multiplications, divisions and square roots
-// only, so that every machine computes the same bits; the kernels round them to the compute type once per chunk.
+// only, so that every machine computes the same bits, and rounded to float once.
 #pragma once
 
 #include <cmath>
@@ -38,6 +38,15 @@ struct StepScalars {
   }
 };
 
+// The scalars of one (group, step), for every type that the arithmetic runs in.
+struct Scalars {
+  StepScalars<double> in_double;
+  StepScalars<float> in_float;
+
+  ADAMW_EXT_HD ADAMW_EXT_INLINE const StepScalars<double>& as(double) const { return in_double; }
+  ADAMW_EXT_HD ADAMW_EXT_INLINE const StepScalars<float>& as(float) const { return in_float; }
+};
+
 // base**exponent by squaring. `pow` is not used: its last bit differs between libraries and devices.
 ADAMW_EXT_HD inline double power(double base, std::int64_t exponent) {
   double result = 1.0;
@@ -49,17 +58,18 @@ ADAMW_EXT_HD inline double power(double base, std::int64_t exponent) {
 }
 
 // step counts from 1: the number of this update.
-ADAMW_EXT_HD inline StepScalars<double> compute_scalars(const Hyper& hyper, std::int64_t step, double grad_factor) {
+ADAMW_EXT_HD inline Scalars compute_scalars(const Hyper& hyper, std::int64_t step, double grad_factor) {
   const double bias_correction1 = 1.0 - power(hyper.beta1, step);
   const double bias_correction2 = 1.0 - power(hyper.beta2, step);
-  return {grad_factor,
-          1.0 - hyper.beta1,
-          hyper.beta2,
-          1.0 - hyper.beta2,
-          hyper.lr / bias_correction1,
-          1.0 / std::sqrt(bias_correction2),
-          hyper.eps,
-          hyper.lr * hyper.weight_decay};
+  const StepScalars<double> scalars{grad_factor,
+                                    1.0 - hyper.beta1,
+                                    hyper.beta2,
+                                    1.0 - hyper.beta2,
+                                    hyper.lr / bias_correction1,
+                                    1.0 / std::sqrt(bias_correction2),
+                                    hyper.eps,
+                                    hyper.lr * hyper.weight_decay};
+  return {scalars, scalars.to<float>()};
 }
 
 }  // namespace adamw_ext

@@ -32,7 +32,7 @@ struct TensorEntry {
 struct Table {
   const TensorEntry* entries;
   std::int64_t entry_count;
-  const StepScalars<double>* scalars;
+  const Scalars* scalars;
   std::int64_t unit_count;
 };
 

@@ -15,6 +15,10 @@ constexpr std::int64_t min_units_per_chunk = 32;   // 2,048 elements: a few micr
 constexpr std::int64_t max_units_per_chunk = 256;  // 16,384 elements: enough chunks for threads to even out
 constexpr std::int64_t chunks_per_thread = 8;
 
+// Shorter steps stay on the calling thread: waking others, and waiting for one that the system holds up, can take
+// far longer than these 131,072 elements.
+constexpr std::int64_t min_parallel_units = 2048;
+
 std::int64_t choose_units_per_chunk(const Table& table, const LaunchOptions& options) {
   if (options.units_per_chunk > 0) return options.units_per_chunk;
   return std::clamp(table.unit_count / (options.threads * chunks_per_thread), min_units_per_chunk,
@@ -49,8 +53,8 @@ void launch(const Table& table, const LaunchOptions& options) noexcept {
     }
   };
 
-  const int threads = in_forked_child ? 1 : static_cast<int>(std::min<std::int64_t>(options.threads, chunk_count));
-  if (threads <= 1) return work();
+  const int threads = static_cast<int>(std::min<std::int64_t>(options.threads, chunk_count));
+  if (threads <= 1 || table.unit_count < min_parallel_units || in_forked_child) return work();
 #pragma omp parallel num_threads(threads)
   work();
 }

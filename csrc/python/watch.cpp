@@ -17,6 +17,30 @@ const void* identity(PyObject* object) {
                                    : static_cast<const void*>(object);
 }
 
+#if PY_VERSION_HEX < 0x030e0000
+// A number that no other dict, and no other content of this dict, ever has.
+const void* content(PyObject* dict) {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<const void*>(reinterpret_cast<PyDictObject*>(dict)->ma_version_tag);
+#pragma GCC diagnostic pop
+}
+
+template <class Visit>
+bool walk_dict(PyObject* dict, const Visit& visit) {
+  return visit(content(dict));
+}
+#else
+template <class Visit>
+bool walk_dict(PyObject* dict, const Visit& visit) {
+  PyObject *key, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
+    if (!visit(key) || !visit(identity(value))) return false;
+  }
+  return true;
+}
+#endif
+
 // Calls visit(identity) for each object in a fixed order until one call returns false; returns whether none did.
 template <class Visit>
 bool walk(PyObject* param_groups, PyObject* state, const Visit& visit) {
@@ -32,13 +56,9 @@ bool walk(PyObject* param_groups, PyObject* state, const Visit& visit) {
     }
     if (!visit(params)) return false;  // also marks where the group ends
   }
-  PyObject *owner, *items, *key, *value;
+  PyObject *owner, *items;
   for (Py_ssize_t position = 0; PyDict_Next(state, &position, &owner, &items);) {
-    if (!visit(identity(owner)) || !visit(items)) return false;
-    if (!PyDict_Check(items)) continue;
-    for (Py_ssize_t inner = 0; PyDict_Next(items, &inner, &key, &value);) {
-      if (!visit(key) || !visit(identity(value))) return false;
-    }
+    if (!visit(owner) || !visit(items) || (PyDict_Check(items) && !walk_dict(items, visit))) return false;
   }
   return true;
 }

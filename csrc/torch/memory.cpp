@@ -6,25 +6,20 @@
 #include <sstream>
 
 namespace adamw_ext {
-namespace {
-
-bool same_placement(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::IntArrayRef other_strides) {
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
-    if (sizes[i] != 1 && strides[i] != other_strides[i]) return false;
-  }
-  return true;
-}
-
-}  // namespace
-
-Layout Layout::of(const c10::TensorImpl& tensor) {
+Layout::Layout(const c10::TensorImpl& tensor) {
   const auto sizes = tensor.sizes(), strides = tensor.strides();
-  return {{sizes.begin(), sizes.end()}, {strides.begin(), strides.end()}};
+  numbers_.reserve(2 * sizes.size());
+  numbers_.insert(numbers_.end(), sizes.begin(), sizes.end());
+  numbers_.insert(numbers_.end(), strides.begin(), strides.end());
 }
 
 bool Layout::matches_loosely(const c10::TensorImpl& tensor) const {
-  return tensor.sizes() == c10::IntArrayRef(sizes) &&
-         (tensor.numel() <= 1 || same_placement(sizes, strides, tensor.strides()));
+  if (tensor.sizes() != sizes()) return false;
+  if (tensor.numel() <= 1) return true;
+  for (std::size_t i = 0; i < dim(); ++i) {
+    if (sizes()[i] != 1 && tensor.strides()[i] != strides()[i]) return false;
+  }
+  return true;
 }
 
 std::optional<DType> storage_dtype(c10::ScalarType dtype) {

@@ -6,11 +6,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/SmallVector.h>
 
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "../core/dtypes.h"
 
@@ -19,19 +19,28 @@ namespace adamw_ext {
 // Sizes and strides that several tensors share.
 class Layout {
  public:
-  c10::SmallVector<std::int64_t, 5> sizes;
-  c10::SmallVector<std::int64_t, 5> strides;
+  Layout() = default;
+  explicit Layout(const c10::TensorImpl& tensor);
 
-  static Layout of(const c10::TensorImpl& tensor);
+  c10::IntArrayRef sizes() const { return {numbers_.data(), dim()}; }
+  c10::IntArrayRef strides() const { return {numbers_.data() + dim(), dim()}; }
 
   // Whether the tensor puts every element where this layout does. Strides of dimensions of size 1 do not matter.
   bool matches(const c10::TensorImpl& tensor) const {
-    return (tensor.sizes() == c10::IntArrayRef(sizes) && tensor.strides() == c10::IntArrayRef(strides)) ||
-           matches_loosely(tensor);
+    const c10::IntArrayRef tensor_sizes = tensor.sizes(), tensor_strides = tensor.strides();
+    if (tensor_sizes.size() != dim()) return false;
+    bool same = true;
+    for (std::size_t i = 0; i < dim(); ++i) {
+      same &= tensor_sizes[i] == numbers_[i] && tensor_strides[i] == numbers_[dim() + i];
+    }
+    return same || matches_loosely(tensor);
   }
 
  private:
+  std::size_t dim() const { return numbers_.size() / 2; }
   bool matches_loosely(const c10::TensorImpl& tensor) const;
+
+  std::vector<std::int64_t> numbers_;  // sizes, then strides
 };
 
 // The storage type that holds a tensor's numbers (a complex tensor's real and imaginary parts), if kernels know it.

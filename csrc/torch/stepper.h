@@ -69,30 +69,37 @@ class Stepper {
   using TensorPtr = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
   using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
 
-  // A tensor as it was when last checked.
-  struct Checked {
-    WeakTensor guard{TensorPtr()};  // keeps the address from being taken by another tensor
+  // Where a tensor's memory was when it was last checked. Looking again touches two or three cache lines: in a model
+  // of many small tensors that is what a step costs.
+  struct Memory {
     c10::TensorImpl* tensor = nullptr;
-    void* data = nullptr;
-    std::size_t storage_bytes = 0;
-    c10::DispatchKeySet keys;
-    caffe2::TypeMeta dtype;
+    c10::StorageImpl* storage = nullptr;
+    void* base = nullptr;
+    std::size_t bytes = 0;
 
-    Checked() = default;
-    explicit Checked(const at::Tensor& checked);
     void look();
-    bool unchanged(const Layout& layout) const;
+    bool unchanged() const;
     explicit operator bool() const { return tensor != nullptr; }
   };
 
   struct Slot {
-    Checked param, step, exp_avg, exp_avg_sq, max_exp_avg_sq;
+    Memory param, step, exp_avg, exp_avg_sq, max_exp_avg_sq;
     Layout param_layout;
     Layout layout;       // the state's: the param's where that is dense, else exp_avg's
     bool direct = true;  // the kernel works on the param's own memory
-    std::int32_t group;
-    int combination;
-    std::string name;
+    caffe2::TypeMeta dtype;
+    c10::DispatchKeySet keys;
+    std::int64_t offset = 0;
+    std::int64_t numel = 0;  // real numbers
+    std::int32_t group = 0;
+    float* steps_done = nullptr;
+
+    template <class Visit>
+    void for_each(const Visit& visit) {
+      for (Memory* memory : {&param, &step, &exp_avg, &exp_avg_sq, &max_exp_avg_sq}) {
+        if (*memory) visit(*memory);
+      }
+    }
   };
 
   // A contiguous stand-in for a tensor whose memory the kernel cannot walk.
@@ -104,26 +111,26 @@ class Stepper {
 
   // (group, step) pairs of the current step: scalars_[i] belongs to keys_[i].
   struct ScalarsKey {
-    std::int32_t group;
+    double steps_done;  // before this step
     std::int32_t next;  // the group's next key, or -1
-    std::int64_t step;
   };
 
   void check(std::size_t index);
-  void check_state(const Slot& slot, const Checked& state, const char* key) const;
-  void check_overlap() const;
-  bool unchanged(const Slot& slot) const;
-  void* prepare_param(const Slot& slot);
-  void* prepare_grad(const Slot& slot, const at::Tensor& grad, bool write_back);
-  std::int32_t scalars_for(const Slot& slot, const GroupOptions& options, double grad_factor);
+  void check_state(std::size_t index, const Memory& state, const char* key) const;
+  void check_overlap();
+  static bool unchanged(const Slot& slot);
+  void* prepare_grad(std::size_t index, const at::Tensor& grad, bool write_back);
+  std::int32_t scalars_for(std::size_t index, const GroupOptions& options, double grad_factor);
   void* stage(const Layout& layout, const at::Tensor& original, bool write_back);
   void pin(at::TensorList grads);
   const at::Tensor& grad_of(std::size_t index, at::TensorList grads) const;
 
   cpu::Isa isa_;
   std::vector<Slot> slots_;
+  std::vector<std::string> names_;
+  std::vector<WeakTensor> guards_;  // keep the addresses of our tensors from being taken by others
   std::vector<TensorEntry> entries_;
-  std::vector<StepScalars<double>> scalars_;
+  std::vector<Scalars> scalars_;
   std::vector<ScalarsKey> keys_;
   std::vector<std::int32_t> first_key_;  // by group, -1: none yet
   std::vector<Staged> staged_;
