@@ -7,6 +7,7 @@ and nvcc is found. MAX_JOBS limits the number of compilers that run at once.
 import glob
 import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,27 @@ except ImportError as error:
 OLDEST_TORCH = (2, 8)
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
     sys.exit(f"adamw_ext needs torch {OLDEST_TORCH[0]}.{OLDEST_TORCH[1]} or newer, but found {torch.__version__}.")
+
+
+def builds_cuda() -> bool:
+    """What ADAMW_EXT_CUDA decides, or, by default, what torch and the machine allow."""
+    choice = os.environ.get("ADAMW_EXT_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        sys.exit(f"ADAMW_EXT_CUDA must be auto, 0 or 1, but is {choice!r}.")
+    sources = glob.glob("csrc/cuda/*.cu")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cpp_extension.CUDA_HOME or "", "bin"))
+    missing = [
+        reason
+        for reason, absent in (
+            ("this version has no CUDA kernels yet (CUDA tensors are updated by torch's own AdamW)", not sources),
+            (f"torch {torch.__version__} was built without CUDA", torch.version.cuda is None),
+            ("nvcc was not found on PATH or under CUDA_HOME", nvcc is None),
+        )
+        if absent
+    ]
+    if choice == "1" and missing:
+        sys.exit(f"ADAMW_EXT_CUDA=1, but {'; '.join(missing)}.")
+    return choice != "0" and not missing
 
 
 def compiler_version() -> str:
@@ -55,14 +77,15 @@ def compile_flags() -> list[str]:
     return flags
 
 
+if builds_cuda():
+    extension = cpp_extension.CUDAExtension
+    sources = glob.glob("csrc/*/*.cpp") + glob.glob("csrc/cuda/*.cu")
+else:
+    extension = cpp_extension.CppExtension
+    sources = glob.glob("csrc/*/*.cpp")
+
 setup(
-    ext_modules=[
-        cpp_extension.CppExtension(
-            "adamw_ext._C",
-            sources=sorted(glob.glob("csrc/*/*.cpp")),
-            extra_compile_args=compile_flags(),
-        )
-    ],
+    ext_modules=[extension("adamw_ext._C", sources=sorted(sources), extra_compile_args=compile_flags())],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
     # A build is bound to its torch's C++ interface, so this is the only torch it may be installed with.
     install_requires=[f"torch=={torch.__version__.split('+')[0]}"],

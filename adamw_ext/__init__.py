@@ -3,7 +3,7 @@
 >>> from adamw_ext import AdamW          # instead of: from torch.optim import AdamW
 """
 
-import torch  # noqa: F401  (loads the libraries that the extension binds to)
+import torch  # first: it loads the libraries that the extension binds to
 
 try:
     from adamw_ext import _C  # noqa: F401
@@ -11,9 +11,9 @@ except ImportError as error:
     from importlib import metadata
 
     raise ImportError(
-        f"adamw_ext {metadata.version('adamw_ext')} cannot be loaded with torch {torch.__version__}: it works only with "
-        f"the torch it was compiled against. Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps . "
-        f"({error})"
+        f"adamw_ext {metadata.version('adamw_ext')} cannot be loaded with torch {torch.__version__}: it works only "
+        "with the torch it was compiled against. Rebuild it in its source folder: "
+        f"pip install --no-build-isolation --force-reinstall --no-deps . ({error})"
     ) from error
 
 from adamw_ext import functional

@@ -64,6 +64,8 @@ def adamw(
             maximize=maximize,
         )
         return
+    if not params:
+        return
     torch.ops.adamw_ext.adamw_(
         params,
         grads,

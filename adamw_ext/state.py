@@ -100,8 +100,8 @@ class StateLoad:
         for key in MOMENTS:
             moment = self._loaded.get(key)
             if key in self._loaded and not (isinstance(moment, Tensor) and moment.shape == param.shape):
-                found = f"shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else repr(moment)
-                raise ValueError(f"loaded state {key!r} of {name} must have shape {tuple(param.shape)}, but has {found}")
+                found = f"has shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else f"is {moment!r}"
+                raise ValueError(f"loaded state {key!r} of {name} must have shape {tuple(param.shape)}, but {found}")
 
     def apply(self) -> dict[str, Any]:
         return {key: self._load(key, value) for key, value in self._loaded.items()}

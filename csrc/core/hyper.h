@@ -22,14 +22,14 @@ struct Hyper {
 
 template <class T>
 struct StepScalars {
-  T grad_factor;        // the gradient is multiplied by this: -1 to maximize, 1/grad_scale
+  T grad_factor;  // the gradient is multiplied by this: -1 to maximize, 1/grad_scale
   T one_minus_beta1;
   T beta2;
   T one_minus_beta2;
   T step_size;          // lr / (1 - beta1**step)
   T denominator_scale;  // 1 / sqrt(1 - beta2**step)
   T eps;
-  T lr_weight_decay;    // lr * weight_decay
+  T lr_weight_decay;  // lr * weight_decay
 
   template <class To>
   ADAMW_EXT_HD ADAMW_EXT_INLINE StepScalars<To> to() const {

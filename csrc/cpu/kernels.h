@@ -17,8 +17,7 @@
 namespace adamw_ext::cpu {
 
 // Updates elements [begin, end) of one entry.
-using UpdateKernel = void (*)(const TensorEntry& entry, const Scalars& scalars, std::int64_t begin,
-                              std::int64_t end);
+using UpdateKernel = void (*)(const TensorEntry& entry, const Scalars& scalars, std::int64_t begin, std::int64_t end);
 
 // Multiplies elements [begin, end) of one entry's gradient by `factor`, in place.
 using UnscaleKernel = void (*)(const TensorEntry& entry, double factor, std::int64_t begin, std::int64_t end);

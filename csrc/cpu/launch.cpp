@@ -21,8 +21,7 @@ constexpr std::int64_t min_parallel_units = 2048;
 
 std::int64_t choose_units_per_chunk(const Table& table, const LaunchOptions& options) {
   if (options.units_per_chunk > 0) return options.units_per_chunk;
-  return std::clamp(table.unit_count / (options.threads * chunks_per_thread), min_units_per_chunk,
-                    max_units_per_chunk);
+  return std::clamp(table.unit_count / (options.threads * chunks_per_thread), min_units_per_chunk, max_units_per_chunk);
 }
 
 // An OpenMP runtime whose threads were lost in a fork never returns from its next parallel region.

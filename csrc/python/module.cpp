@@ -27,7 +27,8 @@ const Keys& keys() {
 
 PyObject* get(PyObject* group, const py::str& key, std::size_t index) {
   PyObject* value = PyDict_GetItem(group, key.ptr());
-  if (value == nullptr) throw py::key_error("param group " + std::to_string(index) + " has no '" + std::string(key) + "'");
+  if (value == nullptr)
+    throw py::key_error("param group " + std::to_string(index) + " has no '" + std::string(key) + "'");
   return value;
 }
 
@@ -64,7 +65,8 @@ GroupOptions read_group(PyObject* group, std::size_t index) {
 
 at::Tensor to_tensor(py::handle object, const std::string& name) {
   if (object.is_none()) return {};
-  if (!is_tensor(object.ptr())) throw py::type_error(name + " must be a tensor, but is " + std::string(py::repr(object)));
+  if (!is_tensor(object.ptr()))
+    throw py::type_error(name + " must be a tensor, but is " + std::string(py::repr(object)));
   return unpack(object.ptr());
 }
 

@@ -14,7 +14,7 @@ namespace {
 const void* identity(PyObject* object) {
   return THPVariable_CheckExact(object) || THPVariable_Check(object)
              ? static_cast<const void*>(THPVariable_Unpack(object).unsafeGetTensorImpl())
-                                   : static_cast<const void*>(object);
+             : static_cast<const void*>(object);
 }
 
 #if PY_VERSION_HEX < 0x030e0000

@@ -40,9 +40,7 @@ std::optional<DType> storage_dtype(c10::ScalarType dtype) {
   }
 }
 
-bool is_dense(const c10::TensorImpl& tensor) {
-  return is_plain_cpu(tensor) && tensor.is_non_overlapping_and_dense();
-}
+bool is_dense(const c10::TensorImpl& tensor) { return is_plain_cpu(tensor) && tensor.is_non_overlapping_and_dense(); }
 
 bool may_overlap_itself(const c10::TensorImpl& tensor) {
   if (tensor.numel() <= 1 || tensor.is_non_overlapping_and_dense()) return false;

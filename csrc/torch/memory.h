@@ -49,9 +49,9 @@ std::optional<DType> storage_dtype(c10::ScalarType dtype);
 // Plain strided memory on the CPU: no subclass, no sparse, quantized, meta or lazy representation.
 inline bool is_plain_cpu(const c10::TensorImpl& tensor) {
   using c10::DispatchKey;
-  constexpr auto plain_keys =
-      c10::DispatchKeySet(DispatchKey::CPU) | c10::DispatchKeySet(DispatchKey::AutogradCPU) |
-      c10::DispatchKeySet(DispatchKey::AutocastCPU) | c10::DispatchKeySet(DispatchKey::ADInplaceOrView);
+  constexpr auto plain_keys = c10::DispatchKeySet(DispatchKey::CPU) | c10::DispatchKeySet(DispatchKey::AutogradCPU) |
+                              c10::DispatchKeySet(DispatchKey::AutocastCPU) |
+                              c10::DispatchKeySet(DispatchKey::ADInplaceOrView);
   const c10::DispatchKeySet keys = tensor.key_set();
   return keys.has(DispatchKey::CPU) && (keys.raw_repr() & ~plain_keys.raw_repr()) == 0 && tensor.has_storage();
 }
@@ -77,9 +77,9 @@ inline const void* const_data(const c10::TensorImpl& tensor) {
 
 // Whether the storage holds `numel` elements from the tensor's first on: all of a dense tensor.
 inline bool run_within_storage(const c10::TensorImpl& tensor) {
-  return tensor.numel() == 0 || static_cast<std::size_t>(tensor.storage_offset() + tensor.numel()) *
-                                        tensor.itemsize() <=
-                                    tensor.unsafe_storage().unsafeGetStorageImpl()->nbytes();
+  return tensor.numel() == 0 ||
+         static_cast<std::size_t>(tensor.storage_offset() + tensor.numel()) * tensor.itemsize() <=
+             tensor.unsafe_storage().unsafeGetStorageImpl()->nbytes();
 }
 
 // Throws unless the tensor's storage holds all of its elements, whatever its strides. `name` opens the message.

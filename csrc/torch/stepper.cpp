@@ -127,8 +127,8 @@ void Stepper::check_state(std::size_t index, const Memory& state, const char* ke
   TORCH_CHECK(tensor.sizes() == param.sizes() && slot.layout.matches(tensor) && is_dense(tensor), name,
               " must have sizes ", param.sizes(), " and strides ", slot.layout.strides(), ", but has sizes ",
               tensor.sizes(), " and strides ", tensor.strides());
-  const bool both_complex = c10::isComplexType(param.dtype().toScalarType()) ==
-                            c10::isComplexType(tensor.dtype().toScalarType());
+  const bool both_complex =
+      c10::isComplexType(param.dtype().toScalarType()) == c10::isComplexType(tensor.dtype().toScalarType());
   TORCH_CHECK(tensor.dtype() == slot.exp_avg.tensor->dtype() && both_complex, name, " must have dtype ",
               dtype_name((both_complex ? slot.exp_avg : slot.param).tensor->dtype().toScalarType()), ", but has ",
               dtype_name(tensor.dtype().toScalarType()));
