@@ -41,7 +41,13 @@ def adamw(
     Raises:
         RuntimeError, ValueError: before anything has changed, naming the list and index.
     """
-    if differentiable or not all(runs_in_kernel(param) for param in params):
+    elsewhere = [index for index, param in enumerate(params) if not _is_for_kernel(param, index)]
+    if elsewhere and len(elsewhere) < len(params):
+        raise RuntimeError(
+            f"params must all be on the CPU, or all on another device: params[{elsewhere[0]}] is "
+            f"{torch.typename(params[elsewhere[0]])} on {params[elsewhere[0]].device}"
+        )
+    if differentiable or elsewhere:
         torch_adamw(
             params,
             grads,
@@ -83,3 +89,11 @@ def adamw(
         amsgrad=amsgrad,
         maximize=maximize,
     )
+
+
+def _is_for_kernel(param: Tensor, index: int) -> bool:
+    if not isinstance(param, Tensor):
+        raise TypeError(f"params[{index}] must be a tensor, but is {param!r}")
+    if param.layout != torch.strided:
+        raise RuntimeError(f"params[{index}] must be strided, but has layout {param.layout}")
+    return runs_in_kernel(param)

@@ -1,13 +1,22 @@
 """The optimizer class: torch.optim.AdamW's interface over the multi-tensor kernel."""
 
 from collections.abc import Callable, Iterable
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adamw_ext import _C
-from adamw_ext.state import Carried, StateLoad, carry_tensors, conform_state, new_state, runs_in_kernel
+from adamw_ext.state import (
+    Carried,
+    StateLoad,
+    carry_tensors,
+    conform_state,
+    new_state,
+    runs_in_kernel,
+    storage_addresses,
+)
 from adamw_ext.torch_path import step_group
 
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
@@ -59,6 +68,7 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
+        self._stepping = Lock()  # threads that step one optimizer take turns
         super().__init__(
             params,
             lr,
@@ -88,12 +98,14 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        if self._stepper is None or not self._try_step(grad_scale, found_inf):
-            self._step_anew(grad_scale, found_inf)
-        if self._elsewhere:
-            self._accelerator_health_check()
-            for index, params in self._elsewhere:
-                step_group(self.param_groups[index], params, self.state, grad_scale, found_inf)
+        with self._stepping:
+            if self._stepper is None or not self._try_step(grad_scale, found_inf):
+                self._step_anew(grad_scale, found_inf)
+            if self._elsewhere:
+                self._accelerator_health_check()
+                with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    for index, params in self._elsewhere:
+                        step_group(self.param_groups[index], params, self.state, grad_scale, found_inf)
         return loss
 
     def init_state(self) -> None:
@@ -128,6 +140,8 @@ class AdamW(torch.optim.AdamW):
             self._finish_load(state)
         super().__setstate__(state)
         self._stepper = None
+        if "_stepping" not in self.__dict__:
+            self._stepping = Lock()
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
 
@@ -172,6 +186,7 @@ class AdamW(torch.optim.AdamW):
                 self._elsewhere.append((index, elsewhere))
         return _C.Stepper(self.param_groups, self.state, members)
 
+    @torch.no_grad()
     def _finish_load(self, incoming: dict[str, Any]) -> None:
         """Turn what torch's load_state_dict is about to install into what this class keeps."""
         groups: list[dict[str, Any]] = incoming["param_groups"]
@@ -179,12 +194,13 @@ class AdamW(torch.optim.AdamW):
             for flag in _IMPLEMENTATION_FLAGS:
                 loaded[flag] = current[flag]
         state: dict[Any, Any] = incoming["state"]
+        live = storage_addresses(self.state.values())
         loads = {}
         for index, group in enumerate(groups):
             for position, param in enumerate(group["params"]):
                 if param in state:
                     name = param_name(group, index, position)
-                    loads[param] = StateLoad(param, name, group, state[param], self.state.get(param, {}))
+                    loads[param] = StateLoad(param, name, group, state[param], self.state.get(param, {}), live)
         for current, loaded in zip(self.param_groups, groups, strict=True):
             if isinstance(current["lr"], Tensor) and "lr" in loaded:
                 loaded["lr"] = current["lr"].fill_(float(loaded["lr"]))
@@ -204,4 +220,4 @@ def param_name(group: dict[str, Any], index: int, position: int) -> str:
     """How messages call a param: by its name where the user gave names, else by its place."""
     names = group.get("param_names")
     where = f"group {index}, index {position}"
-    return f"param {names[position]!r} ({where})" if names else f"param ({where})"
+    return f"param {names[position]!r} ({where})" if names and position < len(names) else f"param ({where})"

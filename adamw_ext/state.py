@@ -5,6 +5,7 @@ the CPU), ``exp_avg`` and ``exp_avg_sq`` (as the param; float32 is also taken fo
 amsgrad ``max_exp_avg_sq`` (as ``exp_avg``). The keys are torch.optim.AdamW's, so state dicts go both ways.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -82,38 +83,50 @@ class StateLoad:
     same shape, dtype and device receives the values and keeps its address; others are copies, so that nothing is shared
     with the dict that was loaded.
 
-    Raises ValueError, naming parameter and key, what was expected and what came.
+    Args:
+        existing: the param's state now.
+        live: data pointers of all storages of the optimizer's state now. Loaded values that lie there are copied
+            before any state is overwritten.
+
+    Raises:
+        ValueError: naming parameter and key, what was expected and what came.
     """
 
     def __init__(
-        self, param: Tensor, name: str, group: dict[str, Any], loaded: dict[str, Any], existing: dict[str, Any]
+        self, param: Tensor, name: str, group: dict[str, Any], loaded: Any, existing: dict[str, Any], live: set[int]
     ) -> None:
+        if not isinstance(loaded, dict):
+            raise ValueError(f"loaded state of {name} must be a dict, but is {_describe(loaded)}")
         self._param = param
         self._existing = existing
         self._device = _step_device(param, group)
         self._loaded = {key: value.tensor if isinstance(value, Carried) else value for key, value in loaded.items()}
-        if self._loaded and not _holds_number(self._loaded.get("step")):
-            raise ValueError(
-                f"loaded state 'step' of {name} must be a number or a 1-element tensor, "
-                f"but is {self._loaded.get('step', 'missing')!r}"
-            )
+        if self._loaded and not _is_step(self._loaded.get("step"), param):
+            found = _describe(self._loaded.get("step", "missing"))
+            raise ValueError(f"loaded state 'step' of {name} must be a whole number of updates, but is {found}")
         for key in MOMENTS:
-            moment = self._loaded.get(key)
-            if key in self._loaded and not (isinstance(moment, Tensor) and moment.shape == param.shape):
-                found = f"has shape {tuple(moment.shape)}" if isinstance(moment, Tensor) else f"is {moment!r}"
-                raise ValueError(f"loaded state {key!r} of {name} must have shape {tuple(param.shape)}, but {found}")
+            if key in self._loaded and not _is_moment(self._loaded[key], param):
+                raise ValueError(
+                    f"loaded state {key!r} of {name} must be {_describe(param)} (any floating point precision), "
+                    f"but is {_describe(self._loaded[key])}"
+                )
+        for key, value in self._loaded.items():
+            shared = isinstance(value, Tensor) and _storage_address(value) in live
+            if shared and value is not existing.get(key):
+                self._loaded[key] = value.clone()
 
     def apply(self) -> dict[str, Any]:
+        """The new state; writes into tensors of the existing one."""
         return {key: self._load(key, value) for key, value in self._loaded.items()}
 
     def _load(self, key: str, value: Any) -> Any:
+        existing = self._existing.get(key)
         if key == "step":
-            return _into(self._existing.get(key), _new_step(value, self._device))
+            return _into(existing, _new_step(value, self._device))
         if key in MOMENTS:
             dtype = _moment_dtype(self._param, value)
-            existing = self._existing.get(key)
             if isinstance(existing, Tensor) and existing.dtype == dtype and existing.shape == value.shape:
-                return _into(existing, value)
+                return existing.copy_(value)
             return _laid_out_copy(value, self._param, dtype)
         if isinstance(value, Tensor):  # a key that is not ours: torch's rule
             dtype = self._param.dtype if self._param.is_floating_point() else value.dtype
@@ -121,15 +134,58 @@ class StateLoad:
         return value
 
 
+def storage_addresses(states: Iterable[Any]) -> set[int]:
+    """Where the tensors of these per-param states keep their memory."""
+    values = (value for state in states if isinstance(state, dict) for value in state.values())
+    return {_storage_address(value) for value in values if isinstance(value, Tensor)} - {0}
+
+
+def _storage_address(tensor: Tensor) -> int:
+    """0 for tensors without memory of their own: subclasses that wrap others, meta tensors."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
 def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
     return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
 
 
 def _holds_number(value: Any) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, (int, float))
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex() and not value.is_meta
+    return isinstance(value, (int, float))
+
+
+def _is_step(value: Any, param: Tensor) -> bool:
+    if isinstance(value, Tensor) and value.is_meta and param.is_meta:
+        return True
+    return _holds_number(value) and float(value) >= 0.0 and float(value).is_integer()
+
+
+def _is_moment(value: Any, param: Tensor) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.shape == param.shape
+        and value.layout == param.layout
+        and value.is_complex() == param.is_complex()
+        and (value.is_floating_point() or value.is_complex())
+        and (param.is_meta or not value.is_meta)
+    )
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    layout = "" if value.layout == torch.strided else f" and layout {value.layout}"
+    number = f" {value.item()}" if _holds_number(value) else ""
+    return f"a {value.dtype} tensor{number} of shape {tuple(value.shape)} on {value.device}{layout}"
 
 
 def _new_step(value: Any, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor) and value.is_meta:
+        return torch.zeros((), dtype=torch.float32, device=device)
     return torch.tensor(float(value), dtype=torch.float32, device=device)
 
 

@@ -30,26 +30,25 @@ def step_group(
         return
     of_key = {key: [states[p][key] for p in active] for key in ("exp_avg", "exp_avg_sq", "step")}
     beta1, beta2 = group["betas"]
-    with torch.set_grad_enabled(group["differentiable"]):
-        torch_adamw(
-            active,
-            [param.grad for param in active],  # type: ignore[misc]
-            of_key["exp_avg"],
-            of_key["exp_avg_sq"],
-            [states[p]["max_exp_avg_sq"] for p in active] if group["amsgrad"] else [],
-            of_key["step"],
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-            fused=group["fused"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            has_complex=any(torch.is_complex(param) for param in active),
-            amsgrad=group["amsgrad"],
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+    torch_adamw(
+        active,
+        [param.grad for param in active],  # type: ignore[misc]
+        of_key["exp_avg"],
+        of_key["exp_avg_sq"],
+        [states[p]["max_exp_avg_sq"] for p in active] if group["amsgrad"] else [],
+        of_key["step"],
+        foreach=group["foreach"],
+        capturable=group["capturable"],
+        differentiable=group["differentiable"],
+        fused=group["fused"],
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        has_complex=any(torch.is_complex(param) for param in active),
+        amsgrad=group["amsgrad"],
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )

@@ -2,8 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
-#include <optional>
+#include <set>
 
 #include "../torch/stepper.h"
 #include "watch.h"
@@ -95,24 +94,18 @@ std::vector<Member> to_members(const py::list& list) {
   return members;
 }
 
-// A stepper over the params and state of one Python optimizer.
+// A stepper over the params and state of one Python optimizer, which lets one thread at a time in.
 class PythonStepper {
  public:
   PythonStepper(const py::list& param_groups, const py::dict& state, const py::list& members)
-      : stepper_(to_members(members)) {
-    watch_.remember(param_groups.ptr(), state.ptr());
-    groups_.reserve(param_groups.size());
-  }
+      : PythonStepper(param_groups, state, to_members(members)) {}
 
   // False: the containers have changed, or a param needs state, so a new stepper must be made.
   bool step(const py::list& param_groups, const py::dict& state, py::handle grad_scale, py::handle found_inf) {
-    if (busy_.test_and_set()) throw std::runtime_error("another thread is inside step() of this optimizer");
-    const Release release{busy_};
     if (!watch_.matches(param_groups.ptr(), state.ptr())) return false;
-    groups_.clear();
-    for (std::size_t i = 0; i < param_groups.size(); ++i) {
-      groups_.push_back(read_group(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)), i));
-      check_hyper(groups_.back().hyper, i);
+    for (const std::size_t i : used_groups_) {
+      groups_[i] = read_group(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)), i);
+      check_hyper(groups_[i].hyper, static_cast<std::int64_t>(i));
     }
     const at::Tensor scale = to_tensor(grad_scale, "grad_scale"), found = to_tensor(found_inf, "found_inf");
     const Stepper::Ready ready = stepper_.prepare({groups_, {}, scale, found});
@@ -133,15 +126,18 @@ class PythonStepper {
   void set_units_per_chunk(std::int64_t units) { stepper_.units_per_chunk = units; }
 
  private:
-  struct Release {
-    std::atomic_flag& flag;
-    ~Release() { flag.clear(); }
-  };
+  PythonStepper(const py::list& param_groups, const py::dict& state, const std::vector<Member>& members)
+      : stepper_(members), groups_(param_groups.size()) {
+    watch_.remember(param_groups.ptr(), state.ptr());
+    std::set<std::size_t> used;
+    for (const Member& member : members) used.insert(static_cast<std::size_t>(member.group));
+    used_groups_.assign(used.begin(), used.end());
+  }
 
   Stepper stepper_;
   Watch watch_;
-  std::vector<GroupOptions> groups_;
-  std::atomic_flag busy_ = ATOMIC_FLAG_INIT;
+  std::vector<GroupOptions> groups_;  // of all param groups; those without a member here are never read
+  std::vector<std::size_t> used_groups_;
 };
 
 std::vector<std::string> isa_levels() {

@@ -53,6 +53,12 @@ TORCH_LIBRARY(adamw_ext, library) {
       "float lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(adamw_ext, CPU, library) { library.impl("adamw_", &adamw_cpu); }
+// For every backend, so that tensors which do not belong here meet the stepper's checks and their messages.
+TORCH_LIBRARY_IMPL(adamw_ext, CompositeExplicitAutograd, library) { library.impl("adamw_", &adamw_cpu); }
+
+// The stepper reads lazily conjugated and negated tensors itself; torch's fallbacks refuse them in mutable lists.
+TORCH_LIBRARY_IMPL(adamw_ext, Conjugate, library) { library.impl("adamw_", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(adamw_ext, Negative, library) { library.impl("adamw_", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(adamw_ext, ZeroTensor, library) { library.impl("adamw_", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace adamw_ext

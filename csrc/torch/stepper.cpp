@@ -219,6 +219,10 @@ void* Stepper::prepare_grad(std::size_t index, const at::Tensor& grad, bool writ
   TORCH_CHECK(tensor.sizes() == param.sizes() && tensor.dtype() == param.dtype() && tensor.device() == param.device(),
               "the gradient of ", name, " must have ", describe(param), ", but has ", describe(tensor));
   if (tensor.has_storage()) check_within_storage(tensor, "the gradient of " + name);
+  TORCH_CHECK(
+      !write_back || !may_overlap_itself(tensor), "the gradient of ", name,
+      " cannot be unscaled in place: more than one of its elements refers to a single memory location (strides ",
+      tensor.strides(), " with sizes ", tensor.sizes(), ")");
   return stage(slot.layout, grad, write_back);
 }
 
