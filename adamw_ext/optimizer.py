@@ -1,7 +1,8 @@
 """The optimizer class: torch.optim.AdamW's interface over the multi-tensor kernel."""
 
 from collections.abc import Callable, Iterable
-from threading import Lock
+from threading import RLock
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from adamw_ext.state import (
     runs_in_kernel,
     storage_addresses,
 )
-from adamw_ext.torch_path import step_group
+from adamw_ext.torch_path import check_param, step_group
 
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
 _IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
@@ -51,7 +52,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     _stepper: _C.Stepper | None = None
-    _elsewhere: list[tuple[int, list[Tensor]]]  # (group index, params) that torch's functional AdamW updates
+    _elsewhere: list[tuple[int, list[Tensor]]] = []  # noqa: RUF012  (group index, params) that torch updates
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        self._stepping = Lock()  # threads that step one optimizer take turns
+        self._stepping = RLock()  # threads that step one optimizer take turns
         super().__init__(
             params,
             lr,
@@ -99,6 +100,7 @@ class AdamW(torch.optim.AdamW):
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
         with self._stepping:
+            self._check_elsewhere()
             if self._stepper is None or not self._try_step(grad_scale, found_inf):
                 self._step_anew(grad_scale, found_inf)
             if self._elsewhere:
@@ -141,7 +143,7 @@ class AdamW(torch.optim.AdamW):
         super().__setstate__(state)
         self._stepper = None
         if "_stepping" not in self.__dict__:
-            self._stepping = Lock()
+            self._stepping = RLock()
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
 
@@ -163,28 +165,45 @@ class AdamW(torch.optim.AdamW):
         except BaseException:
             self._stepper = None
             for param in created:
-                del self.state[param]
+                self.state.pop(param, None)
             raise
 
     def _make_stepper(self, created: list[Tensor]) -> _C.Stepper:
         members: list[tuple[Tensor, dict[str, Any] | None, int, str]] = []
         self._elsewhere = []
         for index, group in enumerate(self.param_groups):
+            check_flags(group, index)
             elsewhere = []
             for position, param in enumerate(group["params"]):
                 if group["differentiable"] or not runs_in_kernel(param):
                     elsewhere.append(param)
                     continue
+                name = param_name(group, index, position)
                 state = self.state.get(param)
+                if not isinstance(state, (dict, NoneType)):
+                    raise TypeError(f"state of {name} must be a dict, but is {state!r}")
                 if state:
                     conform_state(param, state, group)
                 elif param.grad is not None:
                     created.append(param)
                     state = self.state[param] = new_state(param, group)
-                members.append((param, state or None, index, param_name(group, index, position)))
+                members.append((param, state or None, index, name))
             if elsewhere:
                 self._elsewhere.append((index, elsewhere))
+        self._check_elsewhere()
         return _C.Stepper(self.param_groups, self.state, members)
+
+    def _check_elsewhere(self) -> None:
+        """Refuse a step that torch's functional AdamW would refuse after other params have moved."""
+        for index, params in self._elsewhere:
+            for param in params:
+                if param.grad is not None:
+                    check_param(param, param.grad, self._name_of(param, index))
+
+    def _name_of(self, param: Tensor, index: int) -> str:
+        group = self.param_groups[index]
+        position = next(i for i, other in enumerate(group["params"]) if other is param)
+        return param_name(group, index, position)
 
     @torch.no_grad()
     def _finish_load(self, incoming: dict[str, Any]) -> None:
@@ -214,6 +233,17 @@ class AdamW(torch.optim.AdamW):
         """torch's: refuses to capture a step that is not capturable."""
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
+
+
+def check_flags(group: dict[str, Any], index: int) -> None:
+    """Raise TypeError unless the group's flags have a truth value."""
+    for key in ("amsgrad", "maximize", "capturable", "differentiable", "fused"):
+        if key not in group:
+            raise KeyError(f"param group {index} has no {key!r}")
+        try:
+            bool(group[key])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise TypeError(f"param group {index}: {key} must be a bool, but is {group[key]!r}") from error
 
 
 def param_name(group: dict[str, Any], index: int, position: int) -> str:

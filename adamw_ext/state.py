@@ -6,7 +6,7 @@ amsgrad ``max_exp_avg_sq`` (as ``exp_avg``). The keys are torch.optim.AdamW's, s
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ def runs_in_kernel(param: Tensor) -> bool:
     return (
         param.device.type == "cpu"
         and param.layout == torch.strided
+        and not param.is_quantized
         and not torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python)
     )
 
@@ -53,7 +54,7 @@ def conform_state(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -
         state["step"] = _new_step(step, device)
     for key in MOMENTS:
         moment = state.get(key)
-        if isinstance(moment, Tensor) and moment.shape == param.shape and not _laid_out_as(moment, param):
+        if _is_moment(moment, param) and _within_storage(moment) and not _laid_out_as(moment, param):
             state[key] = _laid_out_copy(moment, param, moment.dtype)
 
 
@@ -164,7 +165,7 @@ def _is_step(value: Any, param: Tensor) -> bool:
     return _holds_number(value) and float(value) >= 0.0 and float(value).is_integer()
 
 
-def _is_moment(value: Any, param: Tensor) -> bool:
+def _is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and value.shape == param.shape
@@ -204,6 +205,14 @@ def _into(existing: Any, value: Tensor) -> Tensor:
 def _laid_out_copy(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     copy = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     return copy.copy_(value)
+
+
+def _within_storage(tensor: Tensor) -> bool:
+    """False where the memory of a strided tensor has been freed or cut short."""
+    last = tensor.storage_offset() + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.numel() == 0 or tensor.untyped_storage().nbytes() >= (last + 1) * tensor.element_size()
 
 
 def _laid_out_as(moment: Tensor, param: Tensor) -> bool:

@@ -12,6 +12,25 @@ from torch.optim.adamw import adamw as torch_adamw
 from adamw_ext.state import new_state
 
 
+def check_param(param: Tensor, grad: Tensor, name: str) -> None:
+    """Raise RuntimeError, naming the param, if torch's functional AdamW could not update it."""
+    if param.layout != torch.strided or param.is_quantized or not (param.is_floating_point() or param.is_complex()):
+        raise RuntimeError(
+            f"{name} must be a strided tensor of a floating point or complex dtype, "
+            f"but has layout {param.layout} and dtype {param.dtype}"
+        )
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            "Adam does not support sparse gradients, please consider SparseAdam instead: "
+            f"the gradient of {name} has layout {grad.layout}"
+        )
+    if (grad.shape, grad.device) != (param.shape, param.device):
+        raise RuntimeError(
+            f"the gradient of {name} must have shape {tuple(param.shape)} on {param.device}, "
+            f"but has shape {tuple(grad.shape)} on {grad.device}"
+        )
+
+
 def step_group(
     group: dict[str, Any],
     params: list[Tensor],
@@ -22,8 +41,6 @@ def step_group(
     """Update those of ``params`` (all of ``group``) that have a gradient, creating missing state."""
     active = [param for param in params if param.grad is not None]
     for param in active:
-        if param.grad is not None and param.grad.is_sparse:
-            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         if not states[param]:
             states[param].update(new_state(param, group))
     if not active:

@@ -24,49 +24,86 @@ const Keys& keys() {
   return *interned;
 }
 
-PyObject* get(PyObject* group, const py::str& key, std::size_t index) {
-  PyObject* value = PyDict_GetItem(group, key.ptr());
-  if (value == nullptr)
-    throw py::key_error("param group " + std::to_string(index) + " has no '" + std::string(key) + "'");
-  return value;
+// How messages show a value. A tensor's numbers are not read: they may be the trouble.
+std::string show(py::handle value) {
+  return is_tensor(value.ptr()) ? "a tensor with " + describe(*unpack(value.ptr()).unsafeGetTensorImpl())
+                                : std::string(py::repr(value));
 }
 
-double to_double(PyObject* value, const py::str& key, std::size_t index) {
-  if (PyFloat_CheckExact(value)) return PyFloat_AS_DOUBLE(value);
-  const double number = PyFloat_AsDouble(value);
-  if (PyErr_Occurred() == nullptr) return number;
+py::type_error refusal(std::size_t index, const std::string& key, const char* expected, py::handle found) {
   PyErr_Clear();
-  throw py::type_error("param group " + std::to_string(index) + ": " + std::string(key) +
-                       " must be a number or a 1-element tensor, but is " + std::string(py::repr(py::handle(value))));
+  return py::type_error("param group " + std::to_string(index) + ": " + key + " must be " + expected + ", but is " +
+                        show(found));
 }
 
-bool to_bool(PyObject* value) { return PyObject_IsTrue(value) == 1; }
-
-GroupOptions read_group(PyObject* group, std::size_t index) {
-  const Keys& k = keys();
-  if (!PyDict_Check(group)) throw py::type_error("param group " + std::to_string(index) + " is not a dict");
-  PyObject* betas = get(group, k.betas, index);
-  const auto pair = py::reinterpret_steal<py::object>(PySequence_Fast(betas, "betas must be a pair"));
-  if (!pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) {
-    PyErr_Clear();
-    throw py::type_error("param group " + std::to_string(index) + ": betas must be a pair");
+// Reads one param group. The values are the user's objects: reading them may run any Python code.
+class GroupReader {
+ public:
+  GroupReader(py::handle group, std::size_t index) : group_(py::reinterpret_borrow<py::object>(group)), index_(index) {
+    if (!PyDict_Check(group_.ptr())) throw py::type_error("param group " + std::to_string(index) + " is not a dict");
   }
-  GroupOptions options;
-  options.hyper.lr = to_double(get(group, k.lr, index), k.lr, index);
-  options.hyper.beta1 = to_double(PySequence_Fast_GET_ITEM(pair.ptr(), 0), k.betas, index);
-  options.hyper.beta2 = to_double(PySequence_Fast_GET_ITEM(pair.ptr(), 1), k.betas, index);
-  options.hyper.eps = to_double(get(group, k.eps, index), k.eps, index);
-  options.hyper.weight_decay = to_double(get(group, k.weight_decay, index), k.weight_decay, index);
-  options.amsgrad = to_bool(get(group, k.amsgrad, index));
-  options.maximize = to_bool(get(group, k.maximize, index));
-  return options;
-}
+
+  GroupOptions read() {
+    const Keys& k = keys();
+    const py::object betas = get(k.betas);
+    const auto pair = py::reinterpret_steal<py::object>(PySequence_Fast(betas.ptr(), ""));
+    if (!pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) throw refusal(index_, "betas", "a pair", betas);
+    const auto beta = [&](Py_ssize_t i) {
+      return py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(pair.ptr(), i));
+    };
+    const py::object beta1 = beta(0), beta2 = beta(1);
+    GroupOptions options;
+    options.hyper.lr = to_double(get(k.lr), k.lr);
+    options.hyper.beta1 = to_double(beta1, k.betas);
+    options.hyper.beta2 = to_double(beta2, k.betas);
+    options.hyper.eps = to_double(get(k.eps), k.eps);
+    options.hyper.weight_decay = to_double(get(k.weight_decay), k.weight_decay);
+    options.amsgrad = to_bool(get(k.amsgrad), k.amsgrad);
+    options.maximize = to_bool(get(k.maximize), k.maximize);
+    return options;
+  }
+
+  bool ran_python() const { return ran_python_; }
+
+ private:
+  py::object get(const py::str& key) const {
+    PyObject* value = PyDict_GetItem(group_.ptr(), key.ptr());
+    if (value != nullptr) return py::reinterpret_borrow<py::object>(value);
+    throw py::key_error("param group " + std::to_string(index_) + " has no '" + std::string(key) + "'");
+  }
+
+  double to_double(const py::object& value, const py::str& key) {
+    if (PyFloat_CheckExact(value.ptr())) return PyFloat_AS_DOUBLE(value.ptr());
+    ran_python_ |= !PyLong_CheckExact(value.ptr());
+    if (is_tensor(value.ptr()) && !holds_number(unpack(value.ptr()))) throw refuse_number(value, key);
+    const double number = PyFloat_AsDouble(value.ptr());
+    if (PyErr_Occurred() != nullptr) throw refuse_number(value, key);
+    return number;
+  }
+
+  bool to_bool(const py::object& value, const py::str& key) {
+    ran_python_ |= !PyBool_Check(value.ptr());
+    const int truth = PyObject_IsTrue(value.ptr());
+    if (truth < 0) throw refusal(index_, std::string(key), "a bool", value);
+    return truth == 1;
+  }
+
+  py::type_error refuse_number(const py::object& value, const py::str& key) const {
+    return refusal(index_, std::string(key), "a number or a 1-element tensor", value);
+  }
+
+  py::object group_;
+  std::size_t index_;
+  bool ran_python_ = false;
+};
 
 at::Tensor to_tensor(py::handle object, const std::string& name) {
-  if (object.is_none()) return {};
-  if (!is_tensor(object.ptr()))
-    throw py::type_error(name + " must be a tensor, but is " + std::string(py::repr(object)));
-  return unpack(object.ptr());
+  if (is_tensor(object.ptr())) return unpack(object.ptr());
+  throw py::type_error(name + " must be a tensor, but is " + std::string(py::repr(object)));
+}
+
+at::Tensor to_optional_tensor(py::handle object, const char* name) {
+  return object.is_none() ? at::Tensor() : to_tensor(object, name);
 }
 
 Member to_member(const py::tuple& fields) {
@@ -103,11 +140,17 @@ class PythonStepper {
   // False: the containers have changed, or a param needs state, so a new stepper must be made.
   bool step(const py::list& param_groups, const py::dict& state, py::handle grad_scale, py::handle found_inf) {
     if (!watch_.matches(param_groups.ptr(), state.ptr())) return false;
+    bool ran_python = false;
     for (const std::size_t i : used_groups_) {
-      groups_[i] = read_group(PyList_GET_ITEM(param_groups.ptr(), static_cast<Py_ssize_t>(i)), i);
+      if (i >= param_groups.size()) return false;
+      GroupReader reader(param_groups[i], i);
+      groups_[i] = reader.read();
       check_hyper(groups_[i].hyper, static_cast<std::int64_t>(i));
+      ran_python |= reader.ran_python();
     }
-    const at::Tensor scale = to_tensor(grad_scale, "grad_scale"), found = to_tensor(found_inf, "found_inf");
+    if (ran_python && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
+    const at::Tensor scale = to_optional_tensor(grad_scale, "grad_scale");
+    const at::Tensor found = to_optional_tensor(found_inf, "found_inf");
     const Stepper::Ready ready = stepper_.prepare({groups_, {}, scale, found});
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
@@ -132,6 +175,7 @@ class PythonStepper {
     std::set<std::size_t> used;
     for (const Member& member : members) used.insert(static_cast<std::size_t>(member.group));
     used_groups_.assign(used.begin(), used.end());
+    if (!used.empty() && *used.rbegin() >= groups_.size()) throw py::index_error("a member's group does not exist");
   }
 
   Stepper stepper_;

@@ -67,6 +67,11 @@ void check_within_storage(const c10::TensorImpl& tensor, const std::string& name
               " bytes: it was freed or resized");
 }
 
+bool holds_number(const at::Tensor& tensor) {
+  if (tensor.numel() != 1 || tensor.is_meta() || tensor.layout() != c10::kStrided) return false;
+  return !is_plain_cpu(*tensor.unsafeGetTensorImpl()) || run_within_storage(*tensor.unsafeGetTensorImpl());
+}
+
 std::string dtype_name(c10::ScalarType dtype) {
   switch (dtype) {
     case c10::kDouble:

@@ -85,6 +85,9 @@ inline bool run_within_storage(const c10::TensorImpl& tensor) {
 // Throws unless the tensor's storage holds all of its elements, whatever its strides. `name` opens the message.
 void check_within_storage(const c10::TensorImpl& tensor, const std::string& name);
 
+// Whether the tensor is one element that can be read.
+bool holds_number(const at::Tensor& tensor);
+
 // "shape [2, 3], torch.float32, on cpu", for messages.
 std::string describe(const c10::TensorImpl& tensor);
 std::string dtype_name(c10::ScalarType dtype);

@@ -17,7 +17,7 @@ namespace {
 constexpr std::int64_t long_step_units = 2048;
 
 double read_scalar(const at::Tensor& tensor, const char* name) {
-  TORCH_CHECK(tensor.numel() == 1, name, " must have 1 element, but has ", describe(*tensor.unsafeGetTensorImpl()));
+  TORCH_CHECK(holds_number(tensor), name, " must hold 1 element, but has ", describe(*tensor.unsafeGetTensorImpl()));
   return tensor.item().toDouble();
 }
 
@@ -35,15 +35,19 @@ void check_hyper(const Hyper& hyper, std::int64_t group) {
   check(hyper.weight_decay >= 0.0, "weight_decay value", hyper.weight_decay);
 }
 
-void Stepper::Memory::look() {
+void Stepper::Checked::look() {
   storage = tensor->unsafe_storage().unsafeGetStorageImpl();
   base = storage->mutable_data();
   bytes = storage->nbytes();
+  offset = tensor->storage_offset();
+  keys = tensor->key_set();
+  dtype = tensor->dtype();
 }
 
-bool Stepper::Memory::unchanged() const {
-  return tensor->unsafe_storage().unsafeGetStorageImpl() == storage && storage->mutable_data() == base &&
-         storage->nbytes() == bytes;
+bool Stepper::Checked::unchanged(const Layout& layout) const {
+  return storage != nullptr && tensor->unsafe_storage().unsafeGetStorageImpl() == storage &&
+         storage->mutable_data() == base && storage->nbytes() == bytes && tensor->storage_offset() == offset &&
+         tensor->key_set() == keys && tensor->dtype() == dtype && layout.matches(*tensor);
 }
 
 Stepper::Stepper(const std::vector<Member>& members) : isa_(cpu::choose_isa()) {
@@ -52,26 +56,25 @@ Stepper::Stepper(const std::vector<Member>& members) : isa_(cpu::choose_isa()) {
   std::int32_t group_count = 0;
   for (const Member& member : members) {
     Slot slot;
-    const auto watch = [&](Memory& memory, const at::Tensor& tensor) {
+    slot.param.tensor = member.param.unsafeGetTensorImpl();
+    const auto guard = [&](Checked& checked, const at::Tensor& tensor) {
       if (!tensor.defined()) return;
-      memory.tensor = tensor.unsafeGetTensorImpl();
+      checked.tensor = tensor.unsafeGetTensorImpl();
       guards_.emplace_back(tensor.getIntrusivePtr());
     };
-    watch(slot.param, member.param);
-    watch(slot.step, member.step);
-    watch(slot.exp_avg, member.exp_avg);
-    watch(slot.exp_avg_sq, member.exp_avg_sq);
-    watch(slot.max_exp_avg_sq, member.max_exp_avg_sq);
+    guard(slot.step, member.step);
+    guard(slot.exp_avg, member.exp_avg);
+    guard(slot.exp_avg_sq, member.exp_avg_sq);
+    guard(slot.max_exp_avg_sq, member.max_exp_avg_sq);
+    TORCH_CHECK(member.group >= 0, "the group of ", member.name, " must not be negative, but is ", member.group);
     slot.group = member.group;
     names_.push_back(member.name);
     group_count = std::max(group_count, member.group + 1);
     slots_.push_back(std::move(slot));
-    if (member.step.defined()) check(slots_.size() - 1);
   }
   first_key_.resize(group_count);
   scalars_.reserve(members.size());
   keys_.reserve(members.size());
-  check_overlap();
 }
 
 // Everything a slot's tensors must be, whatever the gradient. On return the kernel may use their memory.
@@ -80,8 +83,9 @@ void Stepper::check(std::size_t index) {
   const std::string& name = names_[index];
   const c10::TensorImpl& param = *slot.param.tensor;
   const auto dtype = storage_dtype(param.dtype().toScalarType());
-  TORCH_CHECK(dtype && param.device().is_cpu() && param.layout() == c10::kStrided && param.has_storage(), name,
-              " must be a strided CPU tensor of a floating point or complex dtype, but has ", describe(param));
+  TORCH_CHECK(dtype && param.device().is_cpu() && param.layout() == c10::kStrided && param.has_storage() &&
+                  !param.key_set().has(c10::DispatchKey::ZeroTensor),
+              name, " must be a strided CPU tensor of a floating point or complex dtype, but has ", describe(param));
   check_within_storage(param, name);
   slot.direct = is_dense(param);
   TORCH_CHECK(slot.direct || !may_overlap_itself(param), name,
@@ -104,10 +108,7 @@ void Stepper::check(std::size_t index) {
   TORCH_CHECK(combination >= 0, name, " of dtype ", dtype_name(param.dtype().toScalarType()),
               " cannot have state of dtype ", dtype_name(slot.exp_avg.tensor->dtype().toScalarType()));
 
-  slot.for_each([](Memory& memory) { memory.look(); });
-  slot.dtype = param.dtype();
-  slot.keys = param.key_set();
-  slot.offset = param.storage_offset();
+  slot.for_each([](Checked& checked) { checked.look(); });
   slot.numel = param.numel() * (c10::isComplexType(param.dtype().toScalarType()) ? 2 : 1);
   slot.steps_done = static_cast<float*>(mutable_data(step));
   TensorEntry& entry = entries_[index];
@@ -118,7 +119,7 @@ void Stepper::check(std::size_t index) {
   entry.combination = static_cast<std::uint8_t>(combination);
 }
 
-void Stepper::check_state(std::size_t index, const Memory& state, const char* key) const {
+void Stepper::check_state(std::size_t index, const Checked& state, const char* key) const {
   const Slot& slot = slots_[index];
   const c10::TensorImpl& tensor = *state.tensor;
   const c10::TensorImpl& param = *slot.param.tensor;
@@ -139,20 +140,19 @@ void Stepper::check_overlap() {
   std::vector<WrittenTensor> written;
   written.reserve(slots_.size() * 5);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
-    if (!slots_[i].step) continue;
-    slots_[i].for_each([&](const Memory& memory) { written.push_back({memory.tensor, i}); });
+    if (slots_[i].param.storage == nullptr) continue;
+    slots_[i].for_each([&](const Checked& checked) { written.push_back({checked.tensor, i}); });
   }
   const Overlap overlap = find_overlap(written);
   TORCH_CHECK(!overlap.found, "a step cannot update two tensors that share memory: ", names_[overlap.first_owner],
               " and ", names_[overlap.second_owner], " (or their states) overlap");
 }
 
-// The param can have become anything. Of the state, whose tensors nobody else uses, the memory is what matters.
 bool Stepper::unchanged(const Slot& slot) {
-  const c10::TensorImpl& param = *slot.param.tensor;
-  return slot.param.unchanged() && slot.step.unchanged() && slot.exp_avg.unchanged() && slot.exp_avg_sq.unchanged() &&
-         (!slot.max_exp_avg_sq || slot.max_exp_avg_sq.unchanged()) && param.key_set() == slot.keys &&
-         param.dtype() == slot.dtype && param.storage_offset() == slot.offset && slot.param_layout.matches(param);
+  static const Layout scalar;
+  return slot.param.unchanged(slot.param_layout) && slot.step.unchanged(scalar) &&
+         slot.exp_avg.unchanged(slot.layout) && slot.exp_avg_sq.unchanged(slot.layout) &&
+         (!slot.max_exp_avg_sq || slot.max_exp_avg_sq.unchanged(slot.layout));
 }
 
 Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
@@ -207,7 +207,7 @@ const at::Tensor& Stepper::grad_of(std::size_t index, at::TensorList grads) cons
 void* Stepper::prepare_grad(std::size_t index, const at::Tensor& grad, bool write_back) {
   const Slot& slot = slots_[index];
   const c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
-  if (is_plain_cpu(tensor) && tensor.dtype() == slot.dtype && slot.layout.matches(tensor) &&
+  if (is_plain_cpu(tensor) && tensor.dtype() == slot.param.dtype && slot.layout.matches(tensor) &&
       run_within_storage(tensor)) {
     return write_back ? mutable_data(tensor) : const_cast<void*>(const_data(tensor));
   }
@@ -223,7 +223,8 @@ void* Stepper::prepare_grad(std::size_t index, const at::Tensor& grad, bool writ
       !write_back || !may_overlap_itself(tensor), "the gradient of ", name,
       " cannot be unscaled in place: more than one of its elements refers to a single memory location (strides ",
       tensor.strides(), " with sizes ", tensor.sizes(), ")");
-  return stage(slot.layout, grad, write_back);
+  // A zero tensor has no memory to be unscaled in, and nothing to unscale.
+  return stage(slot.layout, grad, write_back && !tensor.key_set().has(c10::DispatchKey::ZeroTensor));
 }
 
 std::int32_t Stepper::scalars_for(std::size_t index, const GroupOptions& options, double grad_factor) {
@@ -255,9 +256,9 @@ void Stepper::pin(at::TensorList grads) {
     if (entries_[i].scalars < 0) continue;
     const at::Tensor& grad = grad_of(i, grads);
     if (grad.has_storage()) pinned_storages_.push_back(grad.storage());
-    slots_[i].for_each([&](const Memory& memory) {
-      pinned_storages_.push_back(memory.tensor->storage());
-      pinned_tensors_.push_back(TensorPtr::reclaim_copy(memory.tensor));
+    slots_[i].for_each([&](const Checked& checked) {
+      pinned_storages_.push_back(checked.tensor->storage());
+      pinned_tensors_.push_back(TensorPtr::reclaim_copy(checked.tensor));
     });
   }
 }

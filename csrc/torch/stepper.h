@@ -4,8 +4,9 @@
 // and fills the table; it changes nothing and throws if anything is wrong. `run` is the kernel alone. `finish`
 // advances the step counts and version counters. In a steady state none of them allocates.
 //
-// The stepper does not keep its tensors alive: it holds weak references, so that an optimizer reachable from a hook of
-// its own parameters can still be collected. Its caller holds the tensors during the three calls.
+// The stepper does not keep its tensors alive, so that an optimizer reachable from a hook of its own parameters can
+// still be collected. Its caller holds them during the three calls, and sees to it that they are the tensors which the
+// stepper was made with.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -47,7 +48,6 @@ struct StepInputs {
 
 class Stepper {
  public:
-  // Throws if a tensor is unfit, naming the parameter.
   explicit Stepper(const std::vector<Member>& members);
 
   enum class Ready { run, skip, needs_state };
@@ -69,35 +69,35 @@ class Stepper {
   using TensorPtr = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
   using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
 
-  // Where a tensor's memory was when it was last checked. Looking again touches two or three cache lines: in a model
-  // of many small tensors that is what a step costs.
-  struct Memory {
+  // A tensor as it was when last checked. Looking again reads only what can have changed, a few cache lines: in a
+  // model of many small tensors that is what a step costs.
+  struct Checked {
     c10::TensorImpl* tensor = nullptr;
-    c10::StorageImpl* storage = nullptr;
+    c10::StorageImpl* storage = nullptr;  // null: not checked yet
     void* base = nullptr;
     std::size_t bytes = 0;
+    std::int64_t offset = 0;
+    c10::DispatchKeySet keys;
+    caffe2::TypeMeta dtype;
 
     void look();
-    bool unchanged() const;
+    bool unchanged(const Layout& layout) const;
     explicit operator bool() const { return tensor != nullptr; }
   };
 
   struct Slot {
-    Memory param, step, exp_avg, exp_avg_sq, max_exp_avg_sq;
+    Checked param, step, exp_avg, exp_avg_sq, max_exp_avg_sq;
     Layout param_layout;
-    Layout layout;       // the state's: the param's where that is dense, else exp_avg's
-    bool direct = true;  // the kernel works on the param's own memory
-    caffe2::TypeMeta dtype;
-    c10::DispatchKeySet keys;
-    std::int64_t offset = 0;
+    Layout layout;           // the state's: the param's where that is dense, else exp_avg's
+    bool direct = true;      // the kernel works on the param's own memory
     std::int64_t numel = 0;  // real numbers
     std::int32_t group = 0;
     float* steps_done = nullptr;
 
     template <class Visit>
     void for_each(const Visit& visit) {
-      for (Memory* memory : {&param, &step, &exp_avg, &exp_avg_sq, &max_exp_avg_sq}) {
-        if (*memory) visit(*memory);
+      for (Checked* checked : {&param, &step, &exp_avg, &exp_avg_sq, &max_exp_avg_sq}) {
+        if (*checked) visit(*checked);
       }
     }
   };
@@ -116,7 +116,7 @@ class Stepper {
   };
 
   void check(std::size_t index);
-  void check_state(std::size_t index, const Memory& state, const char* key) const;
+  void check_state(std::size_t index, const Checked& state, const char* key) const;
   void check_overlap();
   static bool unchanged(const Slot& slot);
   void* prepare_grad(std::size_t index, const at::Tensor& grad, bool write_back);
@@ -128,7 +128,7 @@ class Stepper {
   cpu::Isa isa_;
   std::vector<Slot> slots_;
   std::vector<std::string> names_;
-  std::vector<WeakTensor> guards_;  // keep the addresses of our tensors from being taken by others
+  std::vector<WeakTensor> guards_;  // keep the addresses of the state's tensors from being taken by others
   std::vector<TensorEntry> entries_;
   std::vector<Scalars> scalars_;
   std::vector<ScalarsKey> keys_;

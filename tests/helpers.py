@@ -1,0 +1,83 @@
+"""What several test files need: the combinations and levels under test, forced paths, and comparison by bits."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from adamw_ext import _C
+
+# (param dtype, moment dtype) of every combination that has a kernel, and the levels that this processor can run.
+COMBINATIONS = [(getattr(torch, param), getattr(torch, moment)) for param, moment in _C.combinations()]
+ISA_LEVELS = _C.isa_levels()
+
+# A complex tensor is updated as its real view: same kernels, two numbers an element.
+COMPLEX_COMBINATIONS = [(dtype, dtype) for dtype in (torch.complex128, torch.complex64, torch.complex32)]
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def name_of(value: object) -> str | None:
+    """A test id for dtypes and pairs of them; None leaves the choice to pytest."""
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple) and all(isinstance(item, torch.dtype) for item in value):
+        param, moment = (str(item).removeprefix("torch.") for item in value)
+        return param if param == moment else f"{param}-{moment}-moments"
+    return None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the arithmetic runs in, for storage of this dtype."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+@contextmanager
+def running_on(*, isa: str | None = None, threads: int | None = None) -> Iterator[None]:
+    """New optimizers take this instruction set, and steps at most this many threads."""
+    isa_before = os.environ.get("ADAMW_EXT_ISA")
+    threads_before = torch.get_num_threads()
+    try:
+        if isa is not None:
+            os.environ["ADAMW_EXT_ISA"] = isa
+        if threads is not None:
+            torch.set_num_threads(threads)
+        yield
+    finally:
+        torch.set_num_threads(threads_before)
+        if isa_before is None:
+            os.environ.pop("ADAMW_EXT_ISA", None)
+        else:
+            os.environ["ADAMW_EXT_ISA"] = isa_before
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The tensor's bits as integers, with one pattern for all NaNs: payloads differ between processors."""
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_INTEGERS[tensor.itemsize]).masked_fill(tensor.isnan(), -1)
+
+
+def assert_same_bits(actual: Sequence[Tensor], expected: Sequence[Tensor], what: object = "") -> None:
+    """Every tensor of one list has the bits of its counterpart in the other; a NaN equals any NaN."""
+    assert len(actual) == len(expected)
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert (a.dtype, a.shape) == (e.dtype, e.shape)
+        differs = bits(a) != bits(e)
+        if differs.any():
+            at = tuple(differs.nonzero()[0].tolist())
+            values = [(torch.view_as_real(t) if t.is_complex() else t)[at].item() for t in (a.detach(), e.detach())]
+            raise AssertionError(
+                f"{what}: {int(differs.sum())} numbers of tensor {i} {tuple(a.shape)} differ, "
+                f"first at {at}: {values[0]!r}, expected {values[1]!r}"
+            )
+
+
+def spread(count: int, dtype: torch.dtype, generator: torch.Generator, *, octaves: float = 6.0) -> Tensor:
+    """Random numbers of both signs whose magnitudes spread over some powers of two around 1, stored as dtype."""
+    signs = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
+    exponents = (torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1) * octaves
+    return (signs * torch.exp2(exponents)).to(dtype)
