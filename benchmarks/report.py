@@ -25,12 +25,21 @@ class Target:
     def wanted(self) -> str:
         return f"<= {self.bound:.2f}x floor" if self.is_upper else f">= {self.bound:g}x {self.peer}"
 
-    def measured(self, workload: Result) -> float:
-        ratio = workload["ours_over_floor"] if self.is_upper else workload["peers"][self.peer]["ratio"]
-        return ratio["median"]
+    def ratio(self, workload: Result) -> dict[str, float]:
+        return workload["ours_over_floor"] if self.is_upper else workload["peers"][self.peer]["ratio"]
 
-    def reached(self, workload: Result) -> bool:
-        return self.measured(workload) <= self.bound if self.is_upper else self.measured(workload) >= self.bound
+    def reached(self, ratio: float) -> bool:
+        return ratio <= self.bound if self.is_upper else ratio >= self.bound
+
+    def judge(self, workload: Result) -> Result:
+        ratio = self.ratio(workload)
+        return {
+            "work": workload["title"],
+            "wanted": self.wanted,
+            "measured": spread(ratio, ".2f"),
+            "reached": self.reached(ratio["median"]),
+            "certain": self.reached(ratio["q1"]) == self.reached(ratio["q3"]),
+        }
 
 
 TARGETS = {
@@ -47,17 +56,13 @@ IMPORT_SECONDS = 0.2
 
 
 def judge(result: Result) -> list[Result]:
-    """The targets that this run can judge: what is wanted, what was measured, and whether it is reached."""
+    """The targets that this run can judge: what is wanted, what was measured, and whether it is reached.
+
+    The median decides; the verdict is ``certain`` where both quartiles agree with it.
+    """
     workloads = result["workloads"]
     rows = [
-        {
-            "work": workloads[target.workload]["title"],
-            "wanted": target.wanted,
-            "measured": f"{target.measured(workloads[target.workload]):.2f}x",
-            "reached": target.reached(workloads[target.workload]),
-        }
-        for target in TARGETS[result["device"]]
-        if target.workload in workloads
+        target.judge(workloads[target.workload]) for target in TARGETS[result["device"]] if target.workload in workloads
     ]
     temporaries = max(workload["peers"][OURS]["allocated_bytes"] for workload in workloads.values())
     rows.append(
@@ -66,6 +71,7 @@ def judge(result: Result) -> list[Result]:
             "wanted": "0 bytes",
             "measured": f"{temporaries} bytes",
             "reached": temporaries == 0,
+            "certain": True,
         }
     )
     seconds = result["import_seconds"]["median"]
@@ -75,6 +81,7 @@ def judge(result: Result) -> list[Result]:
             "wanted": f"< {IMPORT_SECONDS} s",
             "measured": f"{seconds:.3f} s",
             "reached": seconds < IMPORT_SECONDS,
+            "certain": True,
         }
     )
     return rows
@@ -103,7 +110,10 @@ def markdown(result: Result) -> str:
 
 
 def targets_table(targets: list[Result]) -> str:
-    rows = [[t["work"], t["wanted"], t["measured"], "yes" if t["reached"] else "no"] for t in targets]
+    def verdict(target: Result) -> str:
+        return ("yes" if target["reached"] else "no") + ("" if target["certain"] else ", within the noise")
+
+    rows = [[target["work"], target["wanted"], target["measured"], verdict(target)] for target in targets]
     return table(["work", "target", "measured", "reached"], rows)
 
 

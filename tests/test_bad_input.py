@@ -582,7 +582,7 @@ IN_PLACE = {
 def test_tensors_rearranged_in_place_are_honoured_as_in_torch(change, which):
     """The object, its storage and its number of elements stay; where its elements lie does not.
 
-    A moment that no longer lies as its param does is replaced by a copy that does, so the buffer is compared for params.
+    A moment that no longer lies as its param does is replaced by a copy that does: the buffer counts for params only.
     """
     results = []
     for cls in (AdamW, torch.optim.AdamW):
