@@ -18,7 +18,7 @@ from adamw_ext.state import (
     runs_in_kernel,
     storage_addresses,
 )
-from adamw_ext.torch_path import check_param, step_group
+from adamw_ext.torch_path import find_problem, step_group
 
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
 _IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
@@ -197,13 +197,12 @@ class AdamW(torch.optim.AdamW):
         """Refuse a step that torch's functional AdamW would refuse after other params have moved."""
         for index, params in self._elsewhere:
             for param in params:
-                if param.grad is not None:
-                    check_param(param, param.grad, self._name_of(param, index))
-
-    def _name_of(self, param: Tensor, index: int) -> str:
-        group = self.param_groups[index]
-        position = next(i for i, other in enumerate(group["params"]) if other is param)
-        return param_name(group, index, position)
+                problem = find_problem(param)
+                if problem is None:
+                    continue
+                group = self.param_groups[index]
+                position = next(i for i, other in enumerate(group["params"]) if other is param)
+                raise RuntimeError(f"{param_name(group, index, position)} cannot be updated: {problem}")
 
     @torch.no_grad()
     def _finish_load(self, incoming: dict[str, Any]) -> None:

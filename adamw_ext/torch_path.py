@@ -12,23 +12,27 @@ from torch.optim.adamw import adamw as torch_adamw
 from adamw_ext.state import new_state
 
 
-def check_param(param: Tensor, grad: Tensor, name: str) -> None:
-    """Raise RuntimeError, naming the param, if torch's functional AdamW could not update it."""
+def find_problem(param: Tensor) -> str | None:
+    """Why torch's functional AdamW could not update this param with the gradient it has; None if it could."""
+    grad = param.grad
+    if grad is None:
+        return None
     if param.layout != torch.strided or param.is_quantized or not (param.is_floating_point() or param.is_complex()):
-        raise RuntimeError(
-            f"{name} must be a strided tensor of a floating point or complex dtype, "
+        return (
+            "it must be a strided tensor of a floating point or complex dtype, "
             f"but has layout {param.layout} and dtype {param.dtype}"
         )
     if grad.layout != torch.strided:
-        raise RuntimeError(
-            "Adam does not support sparse gradients, please consider SparseAdam instead: "
-            f"the gradient of {name} has layout {grad.layout}"
+        return (
+            "Adam does not support sparse gradients, please consider SparseAdam instead; "
+            f"its gradient has layout {grad.layout}"
         )
     if (grad.shape, grad.device) != (param.shape, param.device):
-        raise RuntimeError(
-            f"the gradient of {name} must have shape {tuple(param.shape)} on {param.device}, "
+        return (
+            f"its gradient must have shape {tuple(param.shape)} on {param.device}, "
             f"but has shape {tuple(grad.shape)} on {grad.device}"
         )
+    return None
 
 
 def step_group(
