@@ -36,6 +36,7 @@ mutation-sample: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.accuracy
 
 $(VENV)/linters: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

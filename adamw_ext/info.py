@@ -27,5 +27,5 @@ def build_info() -> dict[str, Any]:
         "isa": _C.chosen_isa(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()} {''.join(platform.libc_ver())}",
     }
