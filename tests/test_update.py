@@ -377,3 +377,16 @@ def test_a_gradient_with_other_strides_is_read_element_by_element(layout: str) -
         adamw_ext.AdamW([param], eps=1.0).step()
     assert params[0].grad.stride() != params[0].stride()
     assert_same_bits([params[0]], [params[1]])
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.25, 0.4999])
+def test_a_small_beta1_keeps_nothing_of_what_it_forgets(beta1):
+    """m + (1 - beta1)*(g - m) would keep the rounding error of a large m after the gradient has become small."""
+    param = torch.nn.Parameter(torch.zeros(8))
+    optimizer = adamw_ext.AdamW([param], lr=0.0, betas=(beta1, 0.999))
+    moment = torch.zeros(8, dtype=torch.float64)
+    for step in range(60):
+        param.grad = torch.full((8,), 1e-3 ** min(step, 3))
+        optimizer.step()
+        moment = beta1 * moment + (1 - beta1) * param.grad.double()
+    torch.testing.assert_close(optimizer.state[param]["exp_avg"].double(), moment, rtol=1e-6, atol=0.0)

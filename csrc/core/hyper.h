@@ -23,6 +23,7 @@ struct Hyper {
 template <class T>
 struct StepScalars {
   T grad_factor;  // the gradient is multiplied by this: -1 to maximize, 1/grad_scale
+  T beta1;
   T one_minus_beta1;
   T beta2;
   T one_minus_beta2;
@@ -33,8 +34,8 @@ struct StepScalars {
 
   template <class To>
   ADAMW_EXT_HD ADAMW_EXT_INLINE StepScalars<To> to() const {
-    return {To(grad_factor), To(one_minus_beta1),   To(beta2), To(one_minus_beta2),
-            To(step_size),   To(denominator_scale), To(eps),   To(lr_weight_decay)};
+    return {To(grad_factor),       To(beta1), To(one_minus_beta1), To(beta2), To(one_minus_beta2), To(step_size),
+            To(denominator_scale), To(eps),   To(lr_weight_decay)};
   }
 };
 
@@ -62,6 +63,7 @@ ADAMW_EXT_HD inline Scalars compute_scalars(const Hyper& hyper, std::int64_t ste
   const double bias_correction1 = 1.0 - power(hyper.beta1, step);
   const double bias_correction2 = 1.0 - power(hyper.beta2, step);
   const StepScalars<double> scalars{grad_factor,
+                                    hyper.beta1,
                                     1.0 - hyper.beta1,
                                     hyper.beta2,
                                     1.0 - hyper.beta2,

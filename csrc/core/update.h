@@ -35,9 +35,19 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE T finite_or_zero(T x) {
   return std::fabs(x) <= std::numeric_limits<T>::max() ? x : T(0);
 }
 
-template <bool amsgrad, class T>
+// Whether exp_avg is reckoned as beta1*m + (1 - beta1)*g. Where beta1 is small, m + (1 - beta1)*(g - m) would keep the
+// rounding error of an m that is to be forgotten; where it is large, the float32 values of beta1 and 1 - beta1 would
+// not add up to 1.
+template <class T>
+ADAMW_EXT_HD ADAMW_EXT_INLINE bool forgets_fast(const StepScalars<T>& s) {
+  return s.beta1 < T(0.5);
+}
+
+// forgetful: what forgets_fast says of the scalars. One for a whole loop, so that the loop has no choice to make.
+template <bool amsgrad, bool forgetful, class T>
 ADAMW_EXT_HD ADAMW_EXT_INLINE void update(Element<T>& e, T grad, const StepScalars<T>& s) {
-  e.exp_avg = e.exp_avg + s.one_minus_beta1 * (grad - e.exp_avg);
+  e.exp_avg =
+      forgetful ? s.beta1 * e.exp_avg + s.one_minus_beta1 * grad : e.exp_avg + s.one_minus_beta1 * (grad - e.exp_avg);
   e.exp_avg_sq = s.beta2 * e.exp_avg_sq + (s.one_minus_beta2 * grad) * grad;
 
   T second_moment = e.exp_avg_sq;
