@@ -24,7 +24,7 @@ struct TensorEntry {
   void* max_exp_avg_sq;     // amsgrad only, else null
   std::int64_t numel;       // real numbers: a complex element counts twice; 0 where the param has no gradient
   std::int64_t first_unit;  // units of all entries before this one
-  std::int32_t scalars;     // index into Table::scalars
+  std::int32_t scalars;     // index into Table::scalars; -1: not part of this step
   std::uint8_t combination;
   bool amsgrad;
 };
