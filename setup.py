@@ -32,14 +32,18 @@ def builds_cuda() -> bool:
     choice = os.environ.get("ADAMW_EXT_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         sys.exit(f"ADAMW_EXT_CUDA must be auto, 0 or 1, but is {choice!r}.")
-    sources = glob.glob("csrc/cuda/*.cu")
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(cpp_extension.CUDA_HOME or "", "bin"))
+    toolkit = cpp_extension.CUDA_HOME or ""
+    nvcc = shutil.which("nvcc", path=os.path.join(toolkit, "bin"))
+    has_headers = os.path.exists(os.path.join(toolkit, "include", "cuda_runtime_api.h"))
     missing = [
         reason
         for reason, absent in (
-            ("this version has no CUDA kernels yet (CUDA tensors are updated by torch's own AdamW)", not sources),
             (f"torch {torch.__version__} was built without CUDA", torch.version.cuda is None),
-            ("nvcc was not found on PATH or under CUDA_HOME", nvcc is None),
+            (
+                f"bin/nvcc and include/cuda_runtime_api.h were not found in {toolkit or 'any place'}: "
+                "set CUDA_HOME to the toolkit's root",
+                nvcc is None or not has_headers,
+            ),
         )
         if absent
     ]
@@ -53,7 +57,7 @@ def compiler_version() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def compile_flags() -> list[str]:
+def host_flags() -> list[str]:
     flags = [
         "-O3",
         "-g0",
@@ -67,7 +71,10 @@ def compile_flags() -> list[str]:
         "-fno-trapping-math",
         f'-DADAMW_EXT_BUILT_WITH_TORCH="{torch.__version__}"',
         f'-DADAMW_EXT_COMPILER="{compiler_version()}"',
+        f'-DADAMW_EXT_CUDA_ARCHITECTURES="{cuda_architectures()}"',
     ]
+    if CUDA:
+        flags.append("-DADAMW_EXT_WITH_CUDA")
     if platform.machine() in ("x86_64", "AMD64"):
         flags += ["-march=x86-64", "-mtune=generic"]  # wider loops are chosen at run time, never by -march=native
     if torch.backends.openmp.is_available() and sys.platform == "linux":
@@ -77,15 +84,31 @@ def compile_flags() -> list[str]:
     return flags
 
 
-if builds_cuda():
-    extension = cpp_extension.CUDAExtension
-    sources = glob.glob("csrc/*/*.cpp") + glob.glob("csrc/cuda/*.cu")
-else:
-    extension = cpp_extension.CppExtension
-    sources = glob.glob("csrc/*/*.cpp")
+def cuda_flags() -> list[str]:
+    """As on the host: no contraction, and square roots, divisions and subnormal numbers as IEEE 754 has them."""
+    return ["-O3", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false", "--threads=0"]
+
+
+def cuda_architectures() -> str:
+    """What TORCH_CUDA_ARCH_LIST says; else the GPUs that are present, or, without one, those torch was built for."""
+    if not CUDA:
+        return ""
+    flags = cpp_extension._get_cuda_arch_flags()
+    return " ".join(flag.rpartition("code=")[2] for flag in flags)
+
+
+CUDA = builds_cuda()
+extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
+sources = glob.glob("csrc/*/*.cpp") + (glob.glob("csrc/cuda/*.cu") if CUDA else [])
 
 setup(
-    ext_modules=[extension("adamw_ext._C", sources=sorted(sources), extra_compile_args=compile_flags())],
+    ext_modules=[
+        extension(
+            "adamw_ext._C",
+            sources=sorted(sources),
+            extra_compile_args={"cxx": host_flags(), "nvcc": cuda_flags()},
+        )
+    ],
     cmdclass={"build_ext": cpp_extension.BuildExtension},
     # A build is bound to its torch's C++ interface, so this is the only torch it may be installed with.
     install_requires=[f"torch=={torch.__version__.split('+')[0]}"],

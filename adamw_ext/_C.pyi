@@ -4,6 +4,14 @@ from torch import Tensor
 
 built_with_torch: str
 compiler: str
+cuda_kernels: bool
+cuda_architectures: str
+
+class HyperMirror:
+    """Float hyperparameters in device memory, which captured graphs read; see csrc/torch/mirror.h."""
+
+    def __init__(self) -> None: ...
+    def sync(self, param_groups: list[dict[str, Any]]) -> None: ...
 
 class Stepper:
     """The tensor table over one optimizer's params and state; see csrc/torch/stepper.h.
@@ -12,11 +20,13 @@ class Stepper:
     """
 
     units_per_chunk: int
+    emulated_arguments: int
     def __init__(
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Any, Any],
         members: list[tuple[Tensor, dict[str, Any] | None, int, str]],
+        mirror: HyperMirror,
     ) -> None: ...
     def step(
         self,

@@ -14,15 +14,18 @@ __version__ = metadata.version("adamw_ext")
 def build_info() -> dict[str, Any]:
     """Facts about this build and the machine it runs on, by name.
 
-    ``isa_levels`` are the instruction sets that this binary holds loops for and this processor can run, ``isa`` the
-    one that a new optimizer takes (``ADAMW_EXT_ISA`` forces it), ``threads`` the most that a step uses.
+    ``cuda architectures`` are those the CUDA kernels, if there are any, were compiled for (sm_: machine code, compute_:
+    PTX for later ones). ``isa_levels`` are the instruction sets that this binary holds loops for and this processor
+    can run, ``isa`` the one that a new optimizer takes (``ADAMW_EXT_ISA`` forces it), ``threads`` the most that a step
+    uses.
     """
     return {
         "adamw_ext": __version__,
         "torch": torch.__version__,
         "built with torch": _C.built_with_torch,
         "compiler": _C.compiler,
-        "cuda kernels": False,
+        "cuda kernels": _C.cuda_kernels,
+        "cuda architectures": _C.cuda_architectures,
         "isa_levels": _C.isa_levels(),
         "isa": _C.chosen_isa(),
         "threads": torch.get_num_threads(),

@@ -14,6 +14,7 @@ from adamw_ext.state import (
     StateLoad,
     carry_tensors,
     conform_state,
+    misfits,
     new_state,
     runs_in_kernel,
     storage_addresses,
@@ -29,20 +30,24 @@ class AdamW(torch.optim.AdamW):
 
     A drop-in for :class:`torch.optim.AdamW`: the same arguments, defaults, errors, group keys, state keys and state
     dicts. CPU params are updated by the hand-written kernel, in one parallel region for the whole model, with the same
-    bits for every instruction set and thread count. Params on other devices and of tensor subclasses, and groups with
-    ``differentiable=True``, go through torch's own functional AdamW.
+    bits for every instruction set and thread count; CUDA params by one launch for up to 500 tensors of a dtype, two if
+    capturable, with the CPU's bits, on the current stream and without a synchronisation. Params on other devices and of
+    tensor subclasses, groups with ``differentiable=True``, and CUDA params where the build has no CUDA kernels, go
+    through torch's own functional AdamW.
 
     Args:
         params: tensors, (name, tensor) pairs, or group dicts. float64, float32, bfloat16, float16, or complex;
             any strides. Gradients have the param's shape, dtype and device.
-        lr: learning rate, a float or a 1-element tensor (read at every step).
+        lr: learning rate, a float or a 1-element tensor (read at every step; a capturable step of CUDA params leaves
+            a CUDA tensor on the device, and so does its replay).
         betas: decay rates of the two moments, in [0, 1); floats or 1-element tensors.
         eps: added to the denominator, in units of the gradient.
         weight_decay: decoupled weight decay; each step takes ``lr * weight_decay`` of the param away.
         amsgrad: divide by the largest second moment so far (Reddi, Kale and Kumar 2018, arXiv 1904.09237).
         maximize: ascend instead of descending.
         foreach: accepted; the multi-tensor kernel is always used.
-        capturable: keep ``step`` on the param's device.
+        capturable: keep ``step`` on the param's device and read no number on the host, so that steps can be captured
+            in a CUDA graph and replayed; see :meth:`init_state` and :meth:`sync_hyperparameters`.
         differentiable: let autograd record the step (torch's implementation).
         fused: also makes the optimizer apply ``GradScaler``'s scale itself (``_step_supports_amp_scaling``).
 
@@ -70,6 +75,7 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         self._stepping = RLock()  # threads that step one optimizer take turns
+        self._mirror = _C.HyperMirror()
         super().__init__(
             params,
             lr,
@@ -113,12 +119,29 @@ class AdamW(torch.optim.AdamW):
     def init_state(self) -> None:
         """Create the state of every param that has none, as if before its first update.
 
-        For checkpoints that must hold all state, of frozen and never-used params too, and for capturing the first step.
+        For checkpoints that must hold all state, of frozen and never-used params too, and for capturing the first step:
+        what a captured step created would be created anew by every replay, so a captured step refuses to.
         """
         for group in self.param_groups:
             for param in group["params"]:
-                if not self.state.get(param):
+                state = self.state.get(param)
+                if not state:
                     self.state[param] = new_state(param, group)
+                elif runs_in_kernel(param):
+                    conform_state(param, state, group)
+
+    def sync_hyperparameters(self) -> None:
+        """Hand the groups' present float hyperparameters (lr, betas, eps, weight_decay) to captured steps.
+
+        A captured step reads them in device memory, which this writes, in the order of the current stream: call it
+        after a change, before the next replay. Tensor hyperparameters need no call; change them in place. Whatever is
+        not captured reads all hyperparameters itself.
+
+        Raises:
+            ValueError, TypeError: a hyperparameter is not usable; those of groups before it have been handed over.
+            RuntimeError: called while a graph is captured, which would write the same numbers at every replay.
+        """
+        self._mirror.sync(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW.
@@ -144,6 +167,7 @@ class AdamW(torch.optim.AdamW):
         self._stepper = None
         if "_stepping" not in self.__dict__:
             self._stepping = RLock()
+            self._mirror = _C.HyperMirror()
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
 
@@ -171,6 +195,7 @@ class AdamW(torch.optim.AdamW):
     def _make_stepper(self, created: list[Tensor]) -> _C.Stepper:
         members: list[tuple[Tensor, dict[str, Any] | None, int, str]] = []
         self._elsewhere = []
+        capturing = _C.cuda_kernels and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         for index, group in enumerate(self.param_groups):
             check_flags(group, index)
             elsewhere = []
@@ -182,6 +207,8 @@ class AdamW(torch.optim.AdamW):
                 state = self.state.get(param)
                 if not isinstance(state, (dict, NoneType)):
                     raise TypeError(f"state of {name} must be a dict, but is {state!r}")
+                if capturing and param.is_cuda and param.grad is not None:
+                    check_ready_for_capture(param, state, group, name)
                 if state:
                     conform_state(param, state, group)
                 elif param.grad is not None:
@@ -191,7 +218,7 @@ class AdamW(torch.optim.AdamW):
             if elsewhere:
                 self._elsewhere.append((index, elsewhere))
         self._check_elsewhere()
-        return _C.Stepper(self.param_groups, self.state, members)
+        return _C.Stepper(self.param_groups, self.state, members, self._mirror)
 
     def _check_elsewhere(self) -> None:
         """Refuse a step that torch's functional AdamW would refuse after other params have moved."""
@@ -243,6 +270,18 @@ def check_flags(group: dict[str, Any], index: int) -> None:
             bool(group[key])
         except (RuntimeError, ValueError, TypeError) as error:
             raise TypeError(f"param group {index}: {key} must be a bool, but is {group[key]!r}") from error
+
+
+def check_ready_for_capture(param: Tensor, state: dict[str, Any] | None, group: dict[str, Any], name: str) -> None:
+    """Raise RuntimeError if a captured step would create or convert state, which replays would then do again."""
+    if not group["capturable"]:
+        return  # refused as a whole, and with torch's words, by the stepper
+    if not state:
+        raise RuntimeError(f"{name} has no state yet: call init_state() before the step is captured")
+    if keys := misfits(param, state, group):
+        raise RuntimeError(
+            f"state {keys[0]!r} of {name} must be converted: call init_state() before the step is captured"
+        )
 
 
 def param_name(group: dict[str, Any], index: int, position: int) -> str:

@@ -16,13 +16,15 @@ from adamw_ext import _C
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
+_KERNEL_DEVICES = ("cpu", "cuda") if _C.cuda_kernels else ("cpu",)
 _COMBINATIONS = {(getattr(torch, param), getattr(torch, moments)) for param, moments in _C.combinations()}
 
 
 def runs_in_kernel(param: Tensor) -> bool:
-    """Whether the hand-written kernel updates this param: strided CPU memory that belongs to no tensor subclass."""
+    """Whether a hand-written kernel updates this param: strided memory of the CPU, or of a CUDA device where this build
+    has kernels for it, that belongs to no tensor subclass."""
     return (
-        param.device.type == "cpu"
+        param.device.type in _KERNEL_DEVICES
         and param.layout == torch.strided
         and not param.is_quantized
         and not torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python)
@@ -41,21 +43,31 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def conform_state(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-    """Bring equal values into the form that the kernel takes: a float32 ``step``, moments laid out as the param.
-
-    Other shapes and dtypes are left alone, for the kernel's checks to refuse.
-    """
+def misfits(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list[str]:
+    """The keys that :func:`conform_state` would replace."""
     step = state.get("step")
-    device = _step_device(param, group)
-    if _holds_number(step) and not (
-        isinstance(step, Tensor) and step.dtype == torch.float32 and step.device == device and step.dim() == 0
-    ):
-        state["step"] = _new_step(step, device)
+    wanted = (torch.float32, 0, _step_device(param, group))
+    fits = isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == wanted
+    keys = ["step"] if _holds_number(step) and not fits else []
     for key in MOMENTS:
         moment = state.get(key)
         if _is_moment(moment, param) and _within_storage(moment) and not _laid_out_as(moment, param):
-            state[key] = _laid_out_copy(moment, param, moment.dtype)
+            keys.append(key)
+    return keys
+
+
+def conform_state(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Bring equal values into the form that the kernel takes: a float32 ``step`` where the group's flags have it,
+    moments laid out as the param.
+
+    Other shapes and dtypes are left alone, for the kernel's checks to refuse.
+    """
+    for key in misfits(param, state, group):
+        value = state[key]
+        if key == "step":
+            state[key] = _new_step(value, _step_device(param, group))
+        else:
+            state[key] = _laid_out_copy(value, param, value.dtype)
 
 
 class Carried:

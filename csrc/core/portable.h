@@ -21,3 +21,13 @@
 #else
 #define ADAMW_EXT_INDEPENDENT_ITERATIONS
 #endif
+
+// On a GPU, the next loop is to become straight code, so that arrays indexed by its counter stay in registers; or is to
+// stay a loop.
+#if defined(__CUDACC__)
+#define ADAMW_EXT_UNROLL _Pragma("unroll")
+#define ADAMW_EXT_NO_UNROLL _Pragma("unroll 1")
+#else
+#define ADAMW_EXT_UNROLL
+#define ADAMW_EXT_NO_UNROLL
+#endif

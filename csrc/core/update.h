@@ -43,9 +43,10 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE bool forgets_fast(const StepScalars<T>& s) {
   return s.beta1 < T(0.5);
 }
 
-// forgetful: what forgets_fast says of the scalars. One for a whole loop, so that the loop has no choice to make.
-template <bool amsgrad, bool forgetful, class T>
-ADAMW_EXT_HD ADAMW_EXT_INLINE void update(Element<T>& e, T grad, const StepScalars<T>& s) {
+// forgetful: what forgets_fast says of the scalars. A constant for a whole loop, so that the loop has no choice to
+// make.
+template <bool amsgrad, class T>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void update(Element<T>& e, T grad, const StepScalars<T>& s, bool forgetful) {
   e.exp_avg =
       forgetful ? s.beta1 * e.exp_avg + s.one_minus_beta1 * grad : e.exp_avg + s.one_minus_beta1 * (grad - e.exp_avg);
   e.exp_avg_sq = s.beta2 * e.exp_avg_sq + (s.one_minus_beta2 * grad) * grad;

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <set>
 
 #include "../torch/stepper.h"
@@ -14,7 +15,8 @@ namespace {
 
 struct Keys {
   py::str lr = intern("lr"), betas = intern("betas"), eps = intern("eps"), weight_decay = intern("weight_decay"),
-          amsgrad = intern("amsgrad"), maximize = intern("maximize");
+          amsgrad = intern("amsgrad"), maximize = intern("maximize"), capturable = intern("capturable"),
+          differentiable = intern("differentiable"), fused = intern("fused");
 
   static py::str intern(const char* text) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text)); }
 };
@@ -36,6 +38,15 @@ py::type_error refusal(std::size_t index, const std::string& key, const char* ex
                         show(found));
 }
 
+// What decides which params a stepper has and where their steps lie: another stepper is needed when they change.
+struct Flags {
+  bool capturable, differentiable, fused;
+
+  bool operator==(const Flags& other) const {
+    return capturable == other.capturable && differentiable == other.differentiable && fused == other.fused;
+  }
+};
+
 // Reads one param group. The values are the user's objects: reading them may run any Python code.
 class GroupReader {
  public:
@@ -53,14 +64,20 @@ class GroupReader {
     };
     const py::object beta1 = beta(0), beta2 = beta(1);
     GroupOptions options;
-    options.hyper.lr = to_double(get(k.lr), k.lr);
-    options.hyper.beta1 = to_double(beta1, k.betas);
-    options.hyper.beta2 = to_double(beta2, k.betas);
+    options.hyper.lr = to_double(get(k.lr), k.lr, options, options.lr);
+    options.hyper.beta1 = to_double(beta1, k.betas, options, options.beta1);
+    options.hyper.beta2 = to_double(beta2, k.betas, options, options.beta2);
     options.hyper.eps = to_double(get(k.eps), k.eps);
     options.hyper.weight_decay = to_double(get(k.weight_decay), k.weight_decay);
     options.amsgrad = to_bool(get(k.amsgrad), k.amsgrad);
     options.maximize = to_bool(get(k.maximize), k.maximize);
     return options;
+  }
+
+  Flags flags() {
+    const Keys& k = keys();
+    return {to_bool(get(k.capturable), k.capturable), to_bool(get(k.differentiable), k.differentiable),
+            to_bool(get(k.fused), k.fused)};
   }
 
   bool ran_python() const { return ran_python_; }
@@ -70,6 +87,19 @@ class GroupReader {
     PyObject* value = PyDict_GetItem(group_.ptr(), key.ptr());
     if (value != nullptr) return py::reinterpret_borrow<py::object>(value);
     throw py::key_error("param group " + std::to_string(index_) + " has no '" + std::string(key) + "'");
+  }
+
+  // A number that a captured graph can read anew: a CUDA tensor is not read here but goes into `on_device`.
+  double to_double(const py::object& value, const py::str& key, GroupOptions& options, at::Tensor& on_device) {
+    if (PyFloat_CheckExact(value.ptr()) || !is_tensor(value.ptr())) return to_double(value, key);
+    const at::Tensor& tensor = unpack(value.ptr());
+    if (tensor.is_cuda() && is_plain(*tensor.unsafeGetTensorImpl()) && tensor.is_floating_point() &&
+        holds_number(tensor)) {
+      on_device = tensor;
+      return 0.0;
+    }
+    options.host_tensor = &on_device == &options.lr ? "lr" : "betas";
+    return to_double(value, key);
   }
 
   double to_double(const py::object& value, const py::str& key) {
@@ -106,11 +136,15 @@ at::Tensor to_optional_tensor(py::handle object, const char* name) {
   return object.is_none() ? at::Tensor() : to_tensor(object, name);
 }
 
-Member to_member(const py::tuple& fields) {
+Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
   Member member;
   member.name = fields[3].cast<std::string>();
   member.param = to_tensor(fields[0], member.name);
   member.group = fields[2].cast<std::int32_t>();
+  if (member.group < 0 || static_cast<std::size_t>(member.group) >= flags.size()) {
+    throw py::index_error("a member's group does not exist");
+  }
+  member.capturable = flags[member.group].capturable;
   if (fields[1].is_none()) return member;
   const auto state = fields[1].cast<py::dict>();
   const auto item = [&](const char* key) {
@@ -124,18 +158,34 @@ Member to_member(const py::tuple& fields) {
   return member;
 }
 
-std::vector<Member> to_members(const py::list& list) {
+std::vector<Member> to_members(const py::list& list, const std::vector<Flags>& flags) {
   std::vector<Member> members;
   members.reserve(list.size());
-  for (const py::handle item : list) members.push_back(to_member(item.cast<py::tuple>()));
+  for (const py::handle item : list) members.push_back(to_member(item.cast<py::tuple>(), flags));
   return members;
+}
+
+std::vector<Flags> read_flags(const py::list& param_groups) {
+  std::vector<Flags> flags;
+  flags.reserve(param_groups.size());
+  for (std::size_t i = 0; i < param_groups.size(); ++i) flags.push_back(GroupReader(param_groups[i], i).flags());
+  return flags;
 }
 
 // A stepper over the params and state of one Python optimizer, which lets one thread at a time in.
 class PythonStepper {
  public:
-  PythonStepper(const py::list& param_groups, const py::dict& state, const py::list& members)
-      : PythonStepper(param_groups, state, to_members(members)) {}
+  PythonStepper(const py::list& param_groups, const py::dict& state, const py::list& members,
+                std::shared_ptr<HyperMirror> mirror)
+      : flags_(read_flags(param_groups)),
+        stepper_(to_members(members, flags_)),
+        mirror_(std::move(mirror)),
+        groups_(param_groups.size()) {
+    watch_.remember(param_groups.ptr(), state.ptr());
+    std::set<std::size_t> used;
+    for (const py::handle member : members) used.insert(member.cast<py::tuple>()[2].cast<std::size_t>());
+    used_groups_.assign(used.begin(), used.end());
+  }
 
   // False: the containers have changed, or a param needs state, so a new stepper must be made.
   bool step(const py::list& param_groups, const py::dict& state, py::handle grad_scale, py::handle found_inf) {
@@ -145,13 +195,15 @@ class PythonStepper {
       if (i >= param_groups.size()) return false;
       GroupReader reader(param_groups[i], i);
       groups_[i] = reader.read();
+      groups_[i].capturable = flags_[i].capturable;
       check_hyper(groups_[i].hyper, static_cast<std::int64_t>(i));
+      if (!(reader.flags() == flags_[i])) return false;
       ran_python |= reader.ran_python();
     }
     if (ran_python && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
     const at::Tensor scale = to_optional_tensor(grad_scale, "grad_scale");
     const at::Tensor found = to_optional_tensor(found_inf, "found_inf");
-    const Stepper::Ready ready = stepper_.prepare({groups_, {}, scale, found});
+    const Stepper::Ready ready = stepper_.prepare({groups_, {}, scale, found, mirror_.get()});
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
     if (stepper_.is_long()) {
@@ -164,25 +216,26 @@ class PythonStepper {
     return true;
   }
 
-  const char* isa() const { return cpu::isa_name(stepper_.isa()); }
-  std::int64_t units_per_chunk() const { return stepper_.units_per_chunk; }
-  void set_units_per_chunk(std::int64_t units) { stepper_.units_per_chunk = units; }
+  Tuning& tuning() { return stepper_.tuning; }
 
  private:
-  PythonStepper(const py::list& param_groups, const py::dict& state, const std::vector<Member>& members)
-      : stepper_(members), groups_(param_groups.size()) {
-    watch_.remember(param_groups.ptr(), state.ptr());
-    std::set<std::size_t> used;
-    for (const Member& member : members) used.insert(static_cast<std::size_t>(member.group));
-    used_groups_.assign(used.begin(), used.end());
-    if (!used.empty() && *used.rbegin() >= groups_.size()) throw py::index_error("a member's group does not exist");
-  }
-
+  std::vector<Flags> flags_;  // of all param groups, as when the stepper was made
   Stepper stepper_;
+  std::shared_ptr<HyperMirror> mirror_;
   Watch watch_;
   std::vector<GroupOptions> groups_;  // of all param groups; those without a member here are never read
   std::vector<std::size_t> used_groups_;
 };
+
+void sync_mirror(HyperMirror& mirror, const py::list& param_groups) {
+  mirror.sync([&](std::int32_t group) {
+    const auto index = static_cast<std::size_t>(group);
+    if (index >= param_groups.size()) throw py::index_error("a captured step has more param groups than there are");
+    const Hyper hyper = GroupReader(param_groups[index], index).read().hyper;
+    check_hyper(hyper, group);
+    return hyper;
+  });
+}
 
 std::vector<std::string> isa_levels() {
   std::vector<std::string> names;
@@ -202,15 +255,25 @@ std::vector<std::pair<std::string, std::string>> combinations() {
 
 PYBIND11_MODULE(_C, module) {
   py::class_<PythonStepper>(module, "Stepper")
-      .def(py::init<const py::list&, const py::dict&, const py::list&>(), py::arg("param_groups"), py::arg("state"),
-           py::arg("members"))
+      .def(py::init<const py::list&, const py::dict&, const py::list&, std::shared_ptr<HyperMirror>>(),
+           py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"))
       .def("step", &PythonStepper::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"),
            py::arg("found_inf"))
-      .def_property_readonly("isa", &PythonStepper::isa)
-      .def_property("units_per_chunk", &PythonStepper::units_per_chunk, &PythonStepper::set_units_per_chunk);
+      .def_property_readonly("isa", [](PythonStepper& self) { return cpu::isa_name(self.tuning().isa); })
+      .def_property(
+          "units_per_chunk", [](PythonStepper& self) { return self.tuning().units_per_chunk; },
+          [](PythonStepper& self, std::int64_t units) { self.tuning().units_per_chunk = units; })
+      .def_property(
+          "emulated_arguments", [](PythonStepper& self) { return self.tuning().emulated_arguments; },
+          [](PythonStepper& self, int bytes) { self.tuning().emulated_arguments = bytes; });
+  py::class_<HyperMirror, std::shared_ptr<HyperMirror>>(module, "HyperMirror")
+      .def(py::init<>())
+      .def("sync", &sync_mirror, py::arg("param_groups"));
   module.def("isa_levels", &isa_levels);
   module.def("chosen_isa", [] { return cpu::isa_name(cpu::choose_isa()); });
   module.def("combinations", &combinations);
+  module.attr("cuda_kernels") = has_kernels(c10::kCUDA);
+  module.attr("cuda_architectures") = ADAMW_EXT_CUDA_ARCHITECTURES;
   module.attr("built_with_torch") = ADAMW_EXT_BUILT_WITH_TORCH;
   module.attr("compiler") = ADAMW_EXT_COMPILER;
 }

@@ -40,7 +40,7 @@ std::optional<DType> storage_dtype(c10::ScalarType dtype) {
   }
 }
 
-bool is_dense(const c10::TensorImpl& tensor) { return is_plain_cpu(tensor) && tensor.is_non_overlapping_and_dense(); }
+bool is_dense(const c10::TensorImpl& tensor) { return is_plain(tensor) && tensor.is_non_overlapping_and_dense(); }
 
 bool may_overlap_itself(const c10::TensorImpl& tensor) {
   if (tensor.numel() <= 1 || tensor.is_non_overlapping_and_dense()) return false;
@@ -69,7 +69,7 @@ void check_within_storage(const c10::TensorImpl& tensor, const std::string& name
 
 bool holds_number(const at::Tensor& tensor) {
   if (tensor.numel() != 1 || tensor.is_meta() || tensor.layout() != c10::kStrided) return false;
-  return !is_plain_cpu(*tensor.unsafeGetTensorImpl()) || run_within_storage(*tensor.unsafeGetTensorImpl());
+  return !is_plain(*tensor.unsafeGetTensorImpl()) || run_within_storage(*tensor.unsafeGetTensorImpl());
 }
 
 std::string dtype_name(c10::ScalarType dtype) {

@@ -1,7 +1,7 @@
 // What a tensor's memory looks like, and what of it a kernel may touch directly.
 //
-// A kernel walks a tensor as `numel` consecutive elements from one pointer. That is right only for a plain strided
-// CPU tensor, without lazy conjugation or negation, whose elements fill their memory without gaps. Everything here
+// A kernel walks a tensor as `numel` consecutive elements from one pointer. That is right only for a plain strided CPU
+// or CUDA tensor, without lazy conjugation or negation, whose elements fill their memory without gaps. Everything here
 // decides that question, or explains in words why the answer is no.
 #pragma once
 
@@ -46,14 +46,15 @@ class Layout {
 // The storage type that holds a tensor's numbers (a complex tensor's real and imaginary parts), if kernels know it.
 std::optional<DType> storage_dtype(c10::ScalarType dtype);
 
-// Plain strided memory on the CPU: no subclass, no sparse, quantized, meta or lazy representation.
-inline bool is_plain_cpu(const c10::TensorImpl& tensor) {
+// Plain strided memory on the CPU or a CUDA device: no subclass, no sparse, quantized, meta or lazy representation.
+inline bool is_plain(const c10::TensorImpl& tensor) {
   using c10::DispatchKey;
-  constexpr auto plain_keys = c10::DispatchKeySet(DispatchKey::CPU) | c10::DispatchKeySet(DispatchKey::AutogradCPU) |
-                              c10::DispatchKeySet(DispatchKey::AutocastCPU) |
-                              c10::DispatchKeySet(DispatchKey::ADInplaceOrView);
+  constexpr auto plain_keys =
+      c10::DispatchKeySet({DispatchKey::CPU, DispatchKey::AutogradCPU, DispatchKey::AutocastCPU, DispatchKey::CUDA,
+                           DispatchKey::AutogradCUDA, DispatchKey::AutocastCUDA, DispatchKey::ADInplaceOrView});
   const c10::DispatchKeySet keys = tensor.key_set();
-  return keys.has(DispatchKey::CPU) && (keys.raw_repr() & ~plain_keys.raw_repr()) == 0 && tensor.has_storage();
+  return (keys.raw_repr() & ~plain_keys.raw_repr()) == 0 && (tensor.is_cpu() || tensor.is_cuda()) &&
+         tensor.has_storage();
 }
 
 // Plain, and its elements fill a range of memory without gaps or overlap.

@@ -9,10 +9,10 @@ namespace {
 
 at::Tensor element(at::TensorList list, std::size_t index) { return list.empty() ? at::Tensor() : list[index]; }
 
-void adamw_cpu(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-               at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const std::optional<at::Tensor>& grad_scale,
-               const std::optional<at::Tensor>& found_inf, double lr, double beta1, double beta2, double weight_decay,
-               double eps, bool amsgrad, bool maximize) {
+void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+           at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const std::optional<at::Tensor>& grad_scale,
+           const std::optional<at::Tensor>& found_inf, double lr, double beta1, double beta2, double weight_decay,
+           double eps, bool amsgrad, bool maximize) {
   const std::size_t count = params.size();
   const auto check_length = [&](at::TensorList list, const char* name) {
     TORCH_CHECK(list.size() == count, name, " must have one tensor for each of the ", count, " params, but has ",
@@ -27,18 +27,23 @@ void adamw_cpu(at::TensorList params, at::TensorList grads, at::TensorList exp_a
   if (amsgrad) check_length(max_exp_avg_sqs, "max_exp_avg_sqs");
   if (count == 0) return;
 
-  const std::vector<GroupOptions> groups{{{lr, beta1, beta2, eps, weight_decay}, amsgrad, maximize}};
+  std::vector<GroupOptions> groups(1);
+  groups[0].hyper = {lr, beta1, beta2, eps, weight_decay};
+  groups[0].amsgrad = amsgrad;
+  groups[0].maximize = maximize;
+  groups[0].capturable = state_steps[0].device() == params[0].device();
   check_hyper(groups[0].hyper, -1);
   std::vector<Member> members;
   members.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
     members.push_back({params[i], state_steps[i], exp_avgs[i], exp_avg_sqs[i],
-                       element(amsgrad ? max_exp_avg_sqs : at::TensorList(), i), 0,
+                       element(amsgrad ? max_exp_avg_sqs : at::TensorList(), i), 0, /*capturable=*/false,
                        "params[" + std::to_string(i) + "]"});
   }
   Stepper stepper(members);
   const at::Tensor undefined;
-  const StepInputs inputs{groups, grads, grad_scale ? *grad_scale : undefined, found_inf ? *found_inf : undefined};
+  const StepInputs inputs{groups, grads, grad_scale ? *grad_scale : undefined, found_inf ? *found_inf : undefined,
+                          nullptr};
   if (stepper.prepare(inputs) != Stepper::Ready::run) return;
   stepper.run();
   stepper.finish();
@@ -54,7 +59,7 @@ TORCH_LIBRARY(adamw_ext, library) {
 }
 
 // For every backend, so that tensors which do not belong here meet the stepper's checks and their messages.
-TORCH_LIBRARY_IMPL(adamw_ext, CompositeExplicitAutograd, library) { library.impl("adamw_", &adamw_cpu); }
+TORCH_LIBRARY_IMPL(adamw_ext, CompositeExplicitAutograd, library) { library.impl("adamw_", &adamw); }
 
 // The stepper reads lazily conjugated and negated tensors itself; torch's fallbacks refuse them in mutable lists.
 TORCH_LIBRARY_IMPL(adamw_ext, Conjugate, library) { library.impl("adamw_", torch::CppFunction::makeFallthrough()); }

@@ -10,7 +10,7 @@
 namespace adamw_ext {
 
 struct WrittenTensor {
-  const c10::TensorImpl* tensor;  // plain CPU memory, checked to lie within its storage
+  const c10::TensorImpl* tensor;  // plain memory, checked to lie within its storage
   std::size_t owner;              // whatever the caller wants to hear back
 };
 

@@ -1,14 +1,11 @@
 #include "stepper.h"
 
 #include <ATen/core/grad_mode.h>
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty_strided.h>
-#include <c10/core/InferenceMode.h>
+#include <ATen/ops/ne.h>
 
+#include <algorithm>
 #include <cmath>
-
-#include "../cpu/launch.h"
-#include "overlap.h"
 
 namespace adamw_ext {
 namespace {
@@ -35,24 +32,8 @@ void check_hyper(const Hyper& hyper, std::int64_t group) {
   check(hyper.weight_decay >= 0.0, "weight_decay value", hyper.weight_decay);
 }
 
-void Stepper::Checked::look() {
-  storage = tensor->unsafe_storage().unsafeGetStorageImpl();
-  base = storage->mutable_data();
-  bytes = storage->nbytes();
-  offset = tensor->storage_offset();
-  keys = tensor->key_set();
-  dtype = tensor->dtype();
-}
-
-bool Stepper::Checked::unchanged(const Layout& layout) const {
-  return storage != nullptr && tensor->unsafe_storage().unsafeGetStorageImpl() == storage &&
-         storage->mutable_data() == base && storage->nbytes() == bytes && tensor->storage_offset() == offset &&
-         tensor->key_set() == keys && tensor->dtype() == dtype && layout.matches(*tensor);
-}
-
-Stepper::Stepper(const std::vector<Member>& members) : isa_(cpu::choose_isa()) {
+Stepper::Stepper(const std::vector<Member>& members) : tuning{cpu::choose_isa()} {
   slots_.reserve(members.size());
-  entries_.resize(members.size(), TensorEntry{});
   std::int32_t group_count = 0;
   for (const Member& member : members) {
     Slot slot;
@@ -68,110 +49,56 @@ Stepper::Stepper(const std::vector<Member>& members) : isa_(cpu::choose_isa()) {
     guard(slot.max_exp_avg_sq, member.max_exp_avg_sq);
     TORCH_CHECK(member.group >= 0, "the group of ", member.name, " must not be negative, but is ", member.group);
     slot.group = member.group;
+    slot.bucket = &bucket_of(member);
+    slot.position = static_cast<std::int32_t>(slot.bucket->entries.size());
+    slot.bucket->entries.push_back({});
     names_.push_back(member.name);
     group_count = std::max(group_count, member.group + 1);
     slots_.push_back(std::move(slot));
   }
   first_key_.resize(group_count);
+  hypers_.resize(group_count);
   scalars_.reserve(members.size());
   keys_.reserve(members.size());
-}
-
-// Everything a slot's tensors must be, whatever the gradient. On return the kernel may use their memory.
-void Stepper::check(std::size_t index) {
-  Slot& slot = slots_[index];
-  const std::string& name = names_[index];
-  const c10::TensorImpl& param = *slot.param.tensor;
-  const auto dtype = storage_dtype(param.dtype().toScalarType());
-  TORCH_CHECK(dtype && param.device().is_cpu() && param.layout() == c10::kStrided && param.has_storage() &&
-                  !param.key_set().has(c10::DispatchKey::ZeroTensor),
-              name, " must be a strided CPU tensor of a floating point or complex dtype, but has ", describe(param));
-  check_within_storage(param, name);
-  slot.direct = is_dense(param);
-  TORCH_CHECK(slot.direct || !may_overlap_itself(param), name,
-              " cannot be updated: more than one of its elements refers to a single memory location (strides ",
-              param.strides(), " with sizes ", param.sizes(), "); clone() it before it becomes a parameter");
-  TORCH_CHECK(!slot.param.tensor->is_inference() || c10::InferenceMode::is_enabled(), name,
-              " cannot be updated: Inplace update to inference tensor outside InferenceMode is not allowed");
-
-  const c10::TensorImpl& step = *slot.step.tensor;
-  TORCH_CHECK(is_plain_cpu(step) && step.numel() == 1 && step.dtype() == caffe2::TypeMeta::Make<float>(),
-              "state 'step' of ", name, " must be one torch.float32 on cpu, but has ", describe(step));
-  check_within_storage(step, "state 'step' of " + name);
-  slot.param_layout = Layout(param);
-  slot.layout = slot.direct ? slot.param_layout : Layout(*slot.exp_avg.tensor);
-  check_state(index, slot.exp_avg, "exp_avg");
-  check_state(index, slot.exp_avg_sq, "exp_avg_sq");
-  if (slot.max_exp_avg_sq) check_state(index, slot.max_exp_avg_sq, "max_exp_avg_sq");
-  const auto moments = storage_dtype(slot.exp_avg.tensor->dtype().toScalarType());
-  const int combination = moments ? find_combination(*dtype, *moments) : -1;
-  TORCH_CHECK(combination >= 0, name, " of dtype ", dtype_name(param.dtype().toScalarType()),
-              " cannot have state of dtype ", dtype_name(slot.exp_avg.tensor->dtype().toScalarType()));
-
-  slot.for_each([](Checked& checked) { checked.look(); });
-  slot.numel = param.numel() * (c10::isComplexType(param.dtype().toScalarType()) ? 2 : 1);
-  slot.steps_done = static_cast<float*>(mutable_data(step));
-  TensorEntry& entry = entries_[index];
-  entry.param = mutable_data(param);
-  entry.exp_avg = mutable_data(*slot.exp_avg.tensor);
-  entry.exp_avg_sq = mutable_data(*slot.exp_avg_sq.tensor);
-  entry.max_exp_avg_sq = slot.max_exp_avg_sq ? mutable_data(*slot.max_exp_avg_sq.tensor) : nullptr;
-  entry.combination = static_cast<std::uint8_t>(combination);
-}
-
-void Stepper::check_state(std::size_t index, const Checked& state, const char* key) const {
-  const Slot& slot = slots_[index];
-  const c10::TensorImpl& tensor = *state.tensor;
-  const c10::TensorImpl& param = *slot.param.tensor;
-  const std::string name = std::string("state '") + key + "' of " + names_[index];
-  TORCH_CHECK(is_plain_cpu(tensor), name, " must be a strided CPU tensor, but has ", describe(tensor));
-  TORCH_CHECK(tensor.sizes() == param.sizes() && slot.layout.matches(tensor) && is_dense(tensor), name,
-              " must have sizes ", param.sizes(), " and strides ", slot.layout.strides(), ", but has sizes ",
-              tensor.sizes(), " and strides ", tensor.strides());
-  const bool both_complex =
-      c10::isComplexType(param.dtype().toScalarType()) == c10::isComplexType(tensor.dtype().toScalarType());
-  TORCH_CHECK(tensor.dtype() == slot.exp_avg.tensor->dtype() && both_complex, name, " must have dtype ",
-              dtype_name((both_complex ? slot.exp_avg : slot.param).tensor->dtype().toScalarType()), ", but has ",
-              dtype_name(tensor.dtype().toScalarType()));
-  check_within_storage(tensor, name);
-}
-
-void Stepper::check_overlap() {
-  std::vector<WrittenTensor> written;
-  written.reserve(slots_.size() * 5);
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    if (slots_[i].param.storage == nullptr) continue;
-    slots_[i].for_each([&](const Checked& checked) { written.push_back({checked.tensor, i}); });
+  for (Bucket& bucket : buckets_) {
+    bucket.step_entries.reserve(bucket.entries.size());
+    bucket.sources.resize(group_count);
   }
-  const Overlap overlap = find_overlap(written);
-  TORCH_CHECK(!overlap.found, "a step cannot update two tensors that share memory: ", names_[overlap.first_owner],
-              " and ", names_[overlap.second_owner], " (or their states) overlap");
 }
 
-bool Stepper::unchanged(const Slot& slot) {
-  static const Layout scalar;
-  return slot.param.unchanged(slot.param_layout) && slot.step.unchanged(scalar) &&
-         slot.exp_avg.unchanged(slot.layout) && slot.exp_avg_sq.unchanged(slot.layout) &&
-         (!slot.max_exp_avg_sq || slot.max_exp_avg_sq.unchanged(slot.layout));
+Stepper::Bucket& Stepper::bucket_of(const Member& member) {
+  const c10::Device device = member.param.device();
+  const bool deferred =
+      member.capturable || (member.step.defined() && member.step.device() == device && !device.is_cpu());
+  auto bucket = std::find_if(buckets_.begin(), buckets_.end(),
+                             [&](const Bucket& b) { return b.device == device && b.deferred == deferred; });
+  if (bucket == buckets_.end()) {
+    TORCH_CHECK(has_kernels(device.type()), member.name, " must be a strided CPU tensor in this build, but has ",
+                describe(*member.param.unsafeGetTensorImpl()));
+    buckets_.push_back({device, deferred, make_executor(device)});
+    bucket = std::prev(buckets_.end());
+  }
+  if (bucket->groups.empty() || bucket->groups.back() != member.group) bucket->groups.push_back(member.group);
+  return *bucket;
 }
 
 Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
-  if (inputs.found_inf.defined() && read_scalar(inputs.found_inf, "found_inf") != 0.0) return Ready::skip;
-  const double scale = inputs.grad_scale.defined() ? read_scalar(inputs.grad_scale, "grad_scale") : 1.0;
-  TORCH_CHECK_VALUE(scale > 0.0 && std::isfinite(scale), "grad_scale must be positive and finite, but is ", scale);
-  const bool write_back = scale != 1.0;
-  unscale_ = 1.0 / scale;
-
   scalars_.clear();
   keys_.clear();
   staged_.clear();
+  held_.clear();
   pinned_storages_.clear();
   pinned_tensors_.clear();
   std::fill(first_key_.begin(), first_key_.end(), -1);
-  bool moved = false, resized = false;
+  const bool on_host = std::any_of(buckets_.begin(), buckets_.end(), [](const Bucket& b) { return !b.deferred; });
+  if (on_host && begin_on_host(inputs)) return Ready::skip;
+  for (Bucket& bucket : buckets_) begin_on_device(bucket, inputs);
+
+  bool moved = false;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
-    TensorEntry& entry = entries_[i];
+    Bucket& bucket = *slot.bucket;
+    TensorEntry& entry = slot.entry();
     const at::Tensor& grad = grad_of(i, inputs.grads);
     std::int64_t numel = 0;
     entry.scalars = -1;
@@ -185,19 +112,99 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
       TORCH_CHECK(!options.amsgrad || slot.max_exp_avg_sq, "amsgrad=True needs state 'max_exp_avg_sq', which ",
                   names_[i], " does not have");
       entry.amsgrad = options.amsgrad;
-      entry.grad = prepare_grad(i, grad, write_back);
+      entry.grad = prepare_grad(i, grad, bucket.writes_grads);
       if (!slot.direct) entry.param = stage(slot.layout, at::Tensor(TensorPtr::reclaim_copy(slot.param.tensor)), true);
-      entry.scalars = scalars_for(i, options, options.maximize ? -unscale_ : unscale_);
+      entry.scalars = scalars_for(i, options);
+      if (bucket.deferred) bucket.step_entries.push_back({slot.steps_done, slot.group, entry.scalars});
+      bucket.active = true;
       numel = slot.numel;
     }
-    resized |= entry.numel != numel;
+    bucket.resized |= entry.numel != numel;
     entry.numel = numel;
   }
   if (moved) check_overlap();
-  if (resized) unit_count_ = lay_out_units(entries_.data(), static_cast<std::int64_t>(entries_.size()));
+  for (Bucket& bucket : buckets_) {
+    if (!bucket.resized) continue;
+    bucket.unit_count = lay_out_units(bucket.entries.data(), static_cast<std::int64_t>(bucket.entries.size()));
+  }
   // Operators are called without the interpreter lock, so whatever their length other threads may run.
   if (is_long() || !inputs.grads.empty()) pin(inputs.grads);
   return Ready::run;
+}
+
+// Reads the numbers that the host needs for the buckets it counts for. True: the step is skipped.
+bool Stepper::begin_on_host(const StepInputs& inputs) {
+  if (inputs.found_inf.defined() && read_scalar(inputs.found_inf, "found_inf") != 0.0) return true;
+  const double scale = inputs.grad_scale.defined() ? read_scalar(inputs.grad_scale, "grad_scale") : 1.0;
+  TORCH_CHECK_VALUE(scale > 0.0 && std::isfinite(scale), "grad_scale must be positive and finite, but is ", scale);
+  unscale_ = 1.0 / scale;
+  for (const Bucket& bucket : buckets_) {
+    if (bucket.deferred) continue;
+    for (const std::int32_t group : bucket.groups) {
+      const GroupOptions& options = inputs.groups[group];
+      Hyper& hyper = hypers_[group] = options.hyper;
+      if (options.lr.defined()) hyper.lr = read_scalar(options.lr, "lr");
+      if (options.beta1.defined()) hyper.beta1 = read_scalar(options.beta1, "beta1");
+      if (options.beta2.defined()) hyper.beta2 = read_scalar(options.beta2, "beta2");
+      check_hyper(hyper, group);
+    }
+  }
+  return false;
+}
+
+void Stepper::begin_on_device(Bucket& bucket, const StepInputs& inputs) {
+  bucket.active = bucket.resized = false;
+  bucket.step_entries.clear();
+  bucket.writes_grads = bucket.deferred ? inputs.grad_scale.defined() : unscale_ != 1.0;
+  bucket.capturing = bucket.executor->is_capturing();
+  for (const std::int32_t group : bucket.groups) {
+    TORCH_CHECK(!bucket.capturing || inputs.groups[group].capturable,
+                "Attempting CUDA graph capture of step() for an instance of AdamW but param_groups' capturable is "
+                "False.");
+    if (bucket.deferred) bucket.sources[group] = source_of(group, bucket, inputs);
+  }
+  if (!bucket.deferred) return;
+  bucket.scaling = {scaling_number(inputs.grad_scale, "grad_scale", bucket, /*is_flag=*/false),
+                    scaling_number(inputs.found_inf, "found_inf", bucket, /*is_flag=*/true)};
+}
+
+HyperSource Stepper::source_of(std::int32_t group, const Bucket& bucket, const StepInputs& inputs) const {
+  const GroupOptions& options = inputs.groups[group];
+  TORCH_CHECK(!bucket.capturing || options.host_tensor == nullptr, "param group ", group, ": ", options.host_tensor,
+              " is a CPU tensor, whose value a captured graph would keep forever: give a tensor on ", bucket.device,
+              ", or a float and sync_hyperparameters()");
+  HyperSource source{options.hyper, nullptr, {}, {}, {}, options.maximize};
+  const auto place = [&](const at::Tensor& tensor, const char* name, double& value, NumberPointer& pointer) {
+    if (!tensor.defined()) return;
+    const auto dtype = storage_dtype(tensor.scalar_type());
+    TORCH_CHECK(holds_number(tensor), name, " must hold 1 element, but has ", describe(*tensor.unsafeGetTensorImpl()));
+    if (tensor.device() == bucket.device && dtype) {
+      pointer = {const_data(*tensor.unsafeGetTensorImpl()), *dtype};
+      return;
+    }
+    TORCH_CHECK(!bucket.capturing, "param group ", group, ": ", name, " must be on ", bucket.device,
+                " to be captured, but has ", describe(*tensor.unsafeGetTensorImpl()));
+    value = tensor.item().toDouble();
+  };
+  place(options.lr, "lr", source.values.lr, source.lr);
+  place(options.beta1, "beta1", source.values.beta1, source.beta1);
+  place(options.beta2, "beta2", source.values.beta2, source.beta2);
+  if (bucket.capturing && inputs.mirror != nullptr) {
+    source.mirror = inputs.mirror->hold(bucket.device, group, source.values);
+  }
+  return source;
+}
+
+// Where the kernels of a bucket read one of a scaler's numbers. is_flag: only whether it is 0 counts.
+const float* Stepper::scaling_number(const at::Tensor& tensor, const char* name, const Bucket& bucket, bool is_flag) {
+  if (!tensor.defined()) return nullptr;
+  TORCH_CHECK(holds_number(tensor), name, " must hold 1 element, but has ", describe(*tensor.unsafeGetTensorImpl()));
+  const bool direct = is_plain(*tensor.unsafeGetTensorImpl()) && tensor.device() == bucket.device &&
+                      tensor.scalar_type() == c10::kFloat;
+  TORCH_CHECK(direct || !bucket.capturing, name, " must be a torch.float32 on ", bucket.device,
+              " to be captured, but has ", describe(*tensor.unsafeGetTensorImpl()));
+  if (!direct) held_.push_back((is_flag ? tensor.ne(0) : tensor).to(bucket.device, c10::kFloat));
+  return static_cast<const float*>(const_data(*(direct ? tensor : held_.back()).unsafeGetTensorImpl()));
 }
 
 const at::Tensor& Stepper::grad_of(std::size_t index, at::TensorList grads) const {
@@ -207,8 +214,8 @@ const at::Tensor& Stepper::grad_of(std::size_t index, at::TensorList grads) cons
 void* Stepper::prepare_grad(std::size_t index, const at::Tensor& grad, bool write_back) {
   const Slot& slot = slots_[index];
   const c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
-  if (is_plain_cpu(tensor) && tensor.dtype() == slot.param.dtype && slot.layout.matches(tensor) &&
-      run_within_storage(tensor)) {
+  if (is_plain(tensor) && tensor.device() == slot.bucket->device && tensor.dtype() == slot.param.dtype &&
+      slot.layout.matches(tensor) && run_within_storage(tensor)) {
     return write_back ? mutable_data(tensor) : const_cast<void*>(const_data(tensor));
   }
   const c10::TensorImpl& param = *slot.param.tensor;
@@ -227,17 +234,22 @@ void* Stepper::prepare_grad(std::size_t index, const at::Tensor& grad, bool writ
   return stage(slot.layout, grad, write_back && !tensor.key_set().has(c10::DispatchKey::ZeroTensor));
 }
 
-std::int32_t Stepper::scalars_for(std::size_t index, const GroupOptions& options, double grad_factor) {
+// Where the entry's scalars are: those of its (group, step) pair, or, where the kernels count, its own.
+std::int32_t Stepper::scalars_for(std::size_t index, const GroupOptions& options) {
   const Slot& slot = slots_[index];
+  if (slot.bucket->deferred) {
+    if (slot.bucket->device.is_cpu()) check_step(index);
+    return slot.position;
+  }
   const double done = *slot.steps_done;
   std::int32_t& first = first_key_[slot.group];
   for (std::int32_t key = first; key >= 0; key = keys_[key].next) {
     if (keys_[key].steps_done == done) return key;
   }
-  TORCH_CHECK(done >= 0.0 && done == std::floor(done) && done < 9007199254740992.0, "state 'step' of ", names_[index],
-              " must be a whole number of updates, but is ", done);
+  check_step(index);
   keys_.push_back({done, first});
-  scalars_.push_back(compute_scalars(options.hyper, static_cast<std::int64_t>(done) + 1, grad_factor));
+  const double grad_factor = options.maximize ? -unscale_ : unscale_;
+  scalars_.push_back(compute_scalars(hypers_[slot.group], static_cast<std::int64_t>(done) + 1, grad_factor));
   return first = static_cast<std::int32_t>(keys_.size() - 1);
 }
 
@@ -249,11 +261,14 @@ void* Stepper::stage(const Layout& layout, const at::Tensor& original, bool writ
   return mutable_data(*copy.unsafeGetTensorImpl());
 }
 
-bool Stepper::is_long() const { return unit_count_ >= long_step_units; }
+bool Stepper::is_long() const {
+  return std::any_of(buckets_.begin(), buckets_.end(),
+                     [](const Bucket& b) { return b.device.is_cpu() && b.unit_count >= long_step_units; });
+}
 
 void Stepper::pin(at::TensorList grads) {
   for (std::size_t i = 0; i < slots_.size(); ++i) {
-    if (entries_[i].scalars < 0) continue;
+    if (slots_[i].entry().scalars < 0) continue;
     const at::Tensor& grad = grad_of(i, grads);
     if (grad.has_storage()) pinned_storages_.push_back(grad.storage());
     slots_[i].for_each([&](const Checked& checked) {
@@ -263,16 +278,25 @@ void Stepper::pin(at::TensorList grads) {
   }
 }
 
-void Stepper::run() noexcept {
-  const Table table{entries_.data(), static_cast<std::int64_t>(entries_.size()), scalars_.data(), unit_count_};
-  cpu::launch(table, {isa_, at::get_num_threads(), units_per_chunk, unscale_});
+void Stepper::run() {
+  for (Bucket& bucket : buckets_) {
+    if (!bucket.active) continue;
+    const auto entry_count = static_cast<std::int64_t>(bucket.entries.size());
+    Work work{
+        {bucket.entries.data(), entry_count, scalars_.data(), bucket.unit_count}, {}, unscale_, bucket.writes_grads};
+    if (bucket.deferred) {
+      work.steps = {bucket.step_entries.data(), static_cast<std::int64_t>(bucket.step_entries.size()),
+                    bucket.sources.data(), bucket.scaling, nullptr};
+    }
+    bucket.executor->run(work, tuning);
+  }
 }
 
 void Stepper::finish() {
-  for (std::size_t i = 0; i < slots_.size(); ++i) {
-    if (entries_[i].scalars < 0) continue;
-    *slots_[i].steps_done += 1.0f;
-    slots_[i].param.tensor->bump_version();
+  for (const Slot& slot : slots_) {
+    if (slot.entry().scalars < 0) continue;
+    if (!slot.bucket->deferred) *slot.steps_done += 1.0f;
+    slot.param.tensor->bump_version();
   }
   if (!staged_.empty()) {
     const at::NoGradGuard no_grad;
@@ -281,6 +305,7 @@ void Stepper::finish() {
     }
     staged_.clear();
   }
+  held_.clear();
   pinned_storages_.clear();
   pinned_tensors_.clear();
 }

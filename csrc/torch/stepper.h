@@ -1,8 +1,11 @@
-// The stepper: owns the tensor table of one optimizer and turns "step now" into one kernel launch.
+// The stepper: owns the tensor tables of one optimizer and turns "step now" into one pass of kernels for each device.
 //
 // A step is three calls. `prepare` reads what can have changed (gradients, addresses, step counts), checks all of it
-// and fills the table; it changes nothing and throws if anything is wrong. `run` is the kernel alone. `finish`
+// and fills the tables; it changes nothing and throws if anything is wrong. `run` is the kernels alone. `finish`
 // advances the step counts and version counters. In a steady state none of them allocates.
+//
+// Where a param is capturable, or has its `step` on a CUDA device, the host reads no number of it: step counts,
+// found_inf and tensor hyperparameters are read by the kernels, so that the same kernels can be captured and replayed.
 //
 // The stepper does not keep its tensors alive, so that an optimizer reachable from a hook of its own parameters can
 // still be collected. Its caller holds them during the three calls, and sees to it that they are the tensors which the
@@ -12,31 +15,39 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <deque>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "../core/advance.h"
 #include "../core/hyper.h"
 #include "../core/table.h"
-#include "../cpu/isa.h"
+#include "executor.h"
 #include "memory.h"
+#include "mirror.h"
 
 namespace adamw_ext {
 
 // One parameter with its state. The state tensors are undefined while the parameter has none yet.
 struct Member {
   at::Tensor param;
-  at::Tensor step;            // 0-d float32 on the CPU: how many updates were made
+  at::Tensor step;            // 0-d float32: how many updates were made; on the CPU, or where the param is
   at::Tensor exp_avg;         // as param, or float32
   at::Tensor exp_avg_sq;      // as exp_avg
   at::Tensor max_exp_avg_sq;  // as exp_avg; undefined unless amsgrad
   std::int32_t group = 0;
+  bool capturable = false;
   std::string name;  // how messages call it
 };
 
 struct GroupOptions {
-  Hyper hyper;
+  Hyper hyper;                        // 0 where one of these holds the number:
+  at::Tensor lr, beta1, beta2;        // 1 floating point number on a CUDA device, or undefined
+  const char* host_tensor = nullptr;  // the hyperparameter, if any, that came from a CPU tensor
   bool amsgrad = false;
   bool maximize = false;
+  bool capturable = false;
 };
 
 struct StepInputs {
@@ -44,6 +55,7 @@ struct StepInputs {
   at::TensorList grads;          // one per member; empty: each param's own .grad
   const at::Tensor& grad_scale;  // 1 element, or undefined: gradients are divided by it, and written back
   const at::Tensor& found_inf;   // 1 element, or undefined: anything but 0 skips the step
+  HyperMirror* mirror;           // null: a captured step keeps the numbers of its groups
 };
 
 class Stepper {
@@ -54,16 +66,14 @@ class Stepper {
 
   // `skip`: found_inf says so. `needs_state`: a parameter without state has a gradient; make a new stepper.
   Ready prepare(const StepInputs& inputs);
-  void run() noexcept;
+  void run();
   void finish();
 
   // Whether run() takes long enough to let other threads have the interpreter meanwhile. Then prepare() has pinned
   // all memory of the step until finish(), whatever those threads do to its tensors.
   bool is_long() const;
 
-  cpu::Isa isa() const { return isa_; }
-
-  std::int64_t units_per_chunk = 0;  // 0: chosen from the work; any other value gives the same bits
+  Tuning tuning;
 
  private:
   using TensorPtr = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
@@ -85,6 +95,23 @@ class Stepper {
     explicit operator bool() const { return tensor != nullptr; }
   };
 
+  // The params of one device whose steps are counted in one way.
+  struct Bucket {
+    c10::Device device;
+    bool deferred;  // the kernels count, the host does not
+    std::unique_ptr<Executor> executor;
+    std::vector<std::int32_t> groups;  // that have params here
+    std::vector<TensorEntry> entries;
+    std::vector<StepEntry> step_entries;  // of this step's entries, if deferred
+    std::vector<HyperSource> sources;     // by group, if deferred
+    Scaling scaling{};
+    std::int64_t unit_count = 0;
+    bool capturing = false;
+    bool writes_grads = false;
+    bool resized = false;
+    bool active = false;  // some of its params are part of this step
+  };
+
   struct Slot {
     Checked param, step, exp_avg, exp_avg_sq, max_exp_avg_sq;
     Layout param_layout;
@@ -92,7 +119,11 @@ class Stepper {
     bool direct = true;      // the kernel works on the param's own memory
     std::int64_t numel = 0;  // real numbers
     std::int32_t group = 0;
+    std::int32_t position = 0;  // in the bucket
+    Bucket* bucket = nullptr;
     float* steps_done = nullptr;
+
+    TensorEntry& entry() const { return bucket->entries[position]; }
 
     template <class Visit>
     void for_each(const Visit& visit) {
@@ -115,28 +146,34 @@ class Stepper {
     std::int32_t next;  // the group's next key, or -1
   };
 
+  Bucket& bucket_of(const Member& member);
   void check(std::size_t index);
   void check_state(std::size_t index, const Checked& state, const char* key) const;
   void check_overlap();
   static bool unchanged(const Slot& slot);
+  bool begin_on_host(const StepInputs& inputs);
+  void begin_on_device(Bucket& bucket, const StepInputs& inputs);
+  HyperSource source_of(std::int32_t group, const Bucket& bucket, const StepInputs& inputs) const;
+  const float* scaling_number(const at::Tensor& tensor, const char* name, const Bucket& bucket, bool is_flag);
   void* prepare_grad(std::size_t index, const at::Tensor& grad, bool write_back);
-  std::int32_t scalars_for(std::size_t index, const GroupOptions& options, double grad_factor);
+  std::int32_t scalars_for(std::size_t index, const GroupOptions& options);
+  void check_step(std::size_t index) const;
   void* stage(const Layout& layout, const at::Tensor& original, bool write_back);
   void pin(at::TensorList grads);
   const at::Tensor& grad_of(std::size_t index, at::TensorList grads) const;
 
-  cpu::Isa isa_;
   std::vector<Slot> slots_;
+  std::deque<Bucket> buckets_;
   std::vector<std::string> names_;
   std::vector<WeakTensor> guards_;  // keep the addresses of the state's tensors from being taken by others
-  std::vector<TensorEntry> entries_;
   std::vector<Scalars> scalars_;
   std::vector<ScalarsKey> keys_;
   std::vector<std::int32_t> first_key_;  // by group, -1: none yet
+  std::vector<Hyper> hypers_;            // by group, where the host reads them
   std::vector<Staged> staged_;
+  std::vector<at::Tensor> held_;  // copies of a scaler's numbers on other devices
   std::vector<c10::Storage> pinned_storages_;
   std::vector<TensorPtr> pinned_tensors_;
-  std::int64_t unit_count_ = 0;
   double unscale_ = 1.0;
 };
 

@@ -1,0 +1,158 @@
+// What one thread of the update kernel does: its share of a run of elements of one tensor.
+//
+// Plain C++ for host and device: kernels.cu runs it on a GPU, emulation.cpp walks it over all threads on the host.
+//
+// Elements go in packets of at least 16 bytes of every type, each pointer with 16-byte accesses where it allows them
+// and element by element where it does not. What is left at both ends goes in packets of one element.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/dtypes.h"
+#include "../core/table.h"
+#include "../core/update.h"
+
+namespace adamw_ext::cuda {
+
+// What a thread moves at once.
+struct __attribute__((aligned(16), may_alias)) Vector {
+  std::uint32_t words[4];
+};
+
+template <class Storage>
+struct Elements {
+  Storage values[sizeof(Vector) / sizeof(Storage)];
+};
+
+template <int count, class Storage, class T>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void load_packet(const Storage* from, bool aligned, T (&to)[count]) {
+  constexpr int per_vector = sizeof(Vector) / sizeof(Storage);
+  if (count >= per_vector && aligned) {
+    ADAMW_EXT_UNROLL
+    for (int i = 0; i < count / per_vector; ++i) {
+      const auto elements = bit_cast<Elements<Storage>>(reinterpret_cast<const Vector*>(from)[i]);
+      ADAMW_EXT_UNROLL
+      for (int k = 0; k < per_vector; ++k) to[i * per_vector + k] = load(elements.values[k]);
+    }
+  } else {
+    ADAMW_EXT_UNROLL
+    for (int i = 0; i < count; ++i) to[i] = load(from[i]);
+  }
+}
+
+template <int count, class Storage, class T>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void store_packet(Storage* to, bool aligned, const T (&from)[count]) {
+  constexpr int per_vector = sizeof(Vector) / sizeof(Storage);
+  if (count >= per_vector && aligned) {
+    ADAMW_EXT_UNROLL
+    for (int i = 0; i < count / per_vector; ++i) {
+      Elements<Storage> elements;
+      ADAMW_EXT_UNROLL
+      for (int k = 0; k < per_vector; ++k) store(elements.values[k], from[i * per_vector + k]);
+      reinterpret_cast<Vector*>(to)[i] = bit_cast<Vector>(elements);
+    }
+  } else {
+    ADAMW_EXT_UNROLL
+    for (int i = 0; i < count; ++i) store(to[i], from[i]);
+  }
+}
+
+// Which pointers of an entry allow 16-byte accesses at some element.
+struct Alignment {
+  bool param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
+
+  ADAMW_EXT_HD int count() const { return param + grad + exp_avg + exp_avg_sq + max_exp_avg_sq; }
+};
+
+template <class Param, class Moment, bool amsgrad>
+ADAMW_EXT_HD ADAMW_EXT_INLINE Alignment alignment_at(const TensorEntry& entry, std::int64_t element) {
+  const auto aligned = [&](const void* pointer, std::size_t size) {
+    return (reinterpret_cast<std::uintptr_t>(pointer) + element * size) % sizeof(Vector) == 0;
+  };
+  return {aligned(entry.param, sizeof(Param)), aligned(entry.grad, sizeof(Param)),
+          aligned(entry.exp_avg, sizeof(Moment)), aligned(entry.exp_avg_sq, sizeof(Moment)),
+          amsgrad && aligned(entry.max_exp_avg_sq, sizeof(Moment))};
+}
+
+// How many elements to leave before the first packet, so that most pointers allow 16-byte accesses from there on.
+template <class Param, class Moment, bool amsgrad, int lanes>
+ADAMW_EXT_HD ADAMW_EXT_INLINE int choose_head(const TensorEntry& entry) {
+  constexpr int pointers = amsgrad ? 5 : 4;
+  int best = 0;
+  int most = 0;
+  for (int head = 0; head < lanes && most < pointers; ++head) {
+    const int count = alignment_at<Param, Moment, amsgrad>(entry, head).count();
+    if (count > most) {
+      most = count;
+      best = head;
+    }
+  }
+  return best;
+}
+
+template <class T>
+struct UpdateOptions {
+  const StepScalars<T>& scalars;
+  bool forgetful;     // what forgets_fast says of the scalars
+  bool writes_grads;  // gradients are unscaled in place
+};
+
+template <class Param, class Moment, bool amsgrad, int lanes, class T>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const TensorEntry& entry, std::int64_t index, Alignment aligned,
+                                                 const UpdateOptions<T>& options) {
+  Param* const param = static_cast<Param*>(entry.param) + index;
+  Param* const grad = static_cast<Param*>(entry.grad) + index;
+  Moment* const exp_avg = static_cast<Moment*>(entry.exp_avg) + index;
+  Moment* const exp_avg_sq = static_cast<Moment*>(entry.exp_avg_sq) + index;
+  Moment* const max_exp_avg_sq = amsgrad ? static_cast<Moment*>(entry.max_exp_avg_sq) + index : nullptr;
+
+  T p[lanes], g[lanes], m[lanes], v[lanes], v_max[lanes] = {};
+  load_packet(grad, aligned.grad, g);
+  load_packet(param, aligned.param, p);
+  load_packet(exp_avg, aligned.exp_avg, m);
+  load_packet(exp_avg_sq, aligned.exp_avg_sq, v);
+  if constexpr (amsgrad) load_packet(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max);
+  const StepScalars<T>& s = options.scalars;
+  ADAMW_EXT_UNROLL
+  for (int lane = 0; lane < lanes; ++lane) {
+    Element<T> e{p[lane], m[lane], v[lane], v_max[lane]};
+    update<amsgrad>(e, g[lane] * s.grad_factor, s, options.forgetful);
+    p[lane] = e.param;
+    m[lane] = e.exp_avg;
+    v[lane] = e.exp_avg_sq;
+    v_max[lane] = e.max_exp_avg_sq;
+  }
+  store_packet(param, aligned.param, p);
+  store_packet(exp_avg, aligned.exp_avg, m);
+  store_packet(exp_avg_sq, aligned.exp_avg_sq, v);
+  if constexpr (amsgrad) store_packet(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max);
+  if (options.writes_grads) {
+    ADAMW_EXT_UNROLL
+    for (int lane = 0; lane < lanes; ++lane) g[lane] *= std::fabs(s.grad_factor);
+    store_packet(grad, aligned.grad, g);
+  }
+}
+
+// Updates the share of thread `thread` of `threads` in elements [begin, end) of one entry. begin: a multiple of 64.
+template <class Param, class Moment, bool amsgrad, class T>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void update_segment(const TensorEntry& entry, std::int64_t begin, std::int64_t end,
+                                                  int thread, int threads, const UpdateOptions<T>& options) {
+  constexpr int lanes = sizeof(Vector) / (sizeof(Param) < sizeof(Moment) ? sizeof(Param) : sizeof(Moment));
+  const int head = choose_head<Param, Moment, amsgrad, lanes>(entry);
+  const Alignment aligned = alignment_at<Param, Moment, amsgrad>(entry, head);
+  const std::int64_t first = begin + head < end ? begin + head : end;
+  const std::int64_t packets = (end - first) / lanes;
+  const std::int64_t rest = first + packets * lanes;
+  for (std::int64_t i = thread; i < packets; i += threads) {
+    update_packet<Param, Moment, amsgrad, lanes>(entry, first + i * lanes, aligned, options);
+  }
+  // Both ends together: elements [begin, first) and [rest, end).
+  const std::int64_t before = first - begin;
+  ADAMW_EXT_NO_UNROLL
+  for (std::int64_t i = thread; i < before + (end - rest); i += threads) {
+    const std::int64_t index = i < before ? begin + i : rest + (i - before);
+    update_packet<Param, Moment, amsgrad, 1>(entry, index, Alignment{}, options);
+  }
+}
+
+}  // namespace adamw_ext::cuda

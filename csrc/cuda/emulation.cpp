@@ -1,0 +1,38 @@
+#include "emulation.h"
+
+#include "arguments.h"
+#include "pack.h"
+
+namespace adamw_ext::cuda {
+namespace {
+
+struct HostLauncher {
+  template <class Param, class Moment, bool amsgrad, class Arguments>
+  Error update(const Arguments& arguments, std::int64_t blocks) const {
+    for (std::int64_t block = 0; block < blocks; ++block) {
+      for (int thread = 0; thread < threads_per_block; ++thread) {
+        update_chunk<Param, Moment, amsgrad>(arguments, block, thread, threads_per_block);
+      }
+    }
+    return 0;
+  }
+
+  template <class Arguments>
+  Error advance(const Arguments& arguments) const {
+    const int blocks = (arguments.entry_count + threads_per_block - 1) / threads_per_block;
+    for (int thread = 0; thread < blocks * threads_per_block; ++thread) advance_entry(arguments, thread);
+    return 0;
+  }
+};
+
+}  // namespace
+
+Error emulate_advance(const StepTable& table, const Limits& limits) noexcept {
+  return pack_advance(table, limits, HostLauncher{});
+}
+
+Error emulate_update(const Table& table, const UpdateInputs& inputs, const Limits& limits) noexcept {
+  return pack_update(table, inputs, limits, HostLauncher{});
+}
+
+}  // namespace adamw_ext::cuda

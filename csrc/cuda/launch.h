@@ -1,0 +1,41 @@
+// One step over a tensor table on a CUDA device: plain structs and a stream in, an error code out.
+//
+// Every pointer of the tables is device memory, except the tables' own arrays, which are read before a call returns
+// and need not outlive it. Nothing here allocates, synchronises or copies, so a stream that is being captured will do.
+#pragma once
+
+#include <cstdint>
+
+#include "../core/advance.h"
+#include "../core/table.h"
+
+namespace adamw_ext::cuda {
+
+// What decides how a table is cut into launches and blocks. None of it changes bits.
+struct Limits {
+  int argument_bytes;                // of one launch
+  int multiprocessors;               // to be filled with blocks
+  std::int64_t units_per_chunk = 0;  // of a block; 0: chosen from the work
+};
+
+struct UpdateInputs {
+  const Scalars* device_scalars;  // what entries count in, or null: in the table's own
+  const float* found_inf;         // one number on the device, or null; anything but 0 makes the kernel do nothing
+  bool writes_grads;              // gradients are unscaled in place
+};
+
+// cudaError_t: 0 is success.
+using Error = int;
+
+Error query_limits(int device, Limits& limits) noexcept;
+
+// The scalar kernel: advances every entry's step and writes its scalars, unless found_inf says otherwise.
+Error launch_advance(const StepTable& table, const Limits& limits, void* stream) noexcept;
+
+// The update kernel, one launch for up to 500 entries of one dtype combination. Units need not have been laid out.
+Error launch_update(const Table& table, const UpdateInputs& inputs, const Limits& limits, void* stream) noexcept;
+
+// Writes one group's hyperparameters into device memory.
+Error launch_write(Hyper* mirror, const Hyper& hyper, void* stream) noexcept;
+
+}  // namespace adamw_ext::cuda

@@ -1,0 +1,76 @@
+#include "executor.h"
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <vector>
+
+#include "../cpu/launch.h"
+#include "../cuda/emulation.h"
+
+namespace adamw_ext {
+
+std::unique_ptr<Executor> make_cuda_executor(c10::Device device);
+
+namespace {
+
+class CpuExecutor : public Executor {
+ public:
+  bool is_capturing() const override { return false; }
+
+  void run(const Work& work, const Tuning& tuning) override {
+    Table table = work.table;
+    StepTable steps = work.steps;
+    double unscale = work.unscale;
+    if (tuning.emulated_arguments > 0) return emulate(table, steps, work.writes_grads, tuning);
+    if (steps.entry_count > 0) {
+      if (steps.scaling.skips()) return;
+      scalars_.resize(table.entry_count);
+      for (std::int64_t i = 0; i < steps.entry_count; ++i) {
+        const StepEntry& entry = steps.entries[i];
+        scalars_[entry.scalars] = advance(*entry.step, steps.sources[entry.source], steps.scaling);
+      }
+      table.scalars = scalars_.data();
+      unscale = steps.scaling.unscale();
+    }
+    cpu::launch(table, {tuning.isa, at::get_num_threads(), tuning.units_per_chunk, unscale});
+  }
+
+ private:
+  void emulate(const Table& table, StepTable steps, bool writes_grads, const Tuning& tuning) {
+    constexpr int multiprocessors = 132;
+    const cuda::Limits limits{tuning.emulated_arguments, multiprocessors, tuning.units_per_chunk};
+    cuda::UpdateInputs inputs{nullptr, nullptr, writes_grads};
+    if (steps.entry_count > 0) {
+      scalars_.resize(table.entry_count);
+      steps.scalars = scalars_.data();
+      cuda::emulate_advance(steps, limits);
+      inputs.device_scalars = steps.scalars;
+      inputs.found_inf = steps.scaling.found_inf;
+    }
+    cuda::emulate_update(table, inputs, limits);
+  }
+
+  std::vector<Scalars> scalars_;
+};
+
+}  // namespace
+
+std::unique_ptr<Executor> make_executor(c10::Device device) {
+  if (device.is_cpu()) return std::make_unique<CpuExecutor>();
+  return make_cuda_executor(device);
+}
+
+#ifndef ADAMW_EXT_WITH_CUDA
+bool has_kernels(c10::DeviceType type) { return type == c10::kCPU; }
+
+std::unique_ptr<Executor> make_cuda_executor(c10::Device device) {
+  TORCH_CHECK(false, "adamw_ext has no kernels for ", device, " tensors in this build");
+}
+
+void write_mirror(Hyper*, const Hyper&, c10::Device device, bool) {
+  TORCH_CHECK(false, "adamw_ext has no kernels for ", device, " tensors in this build");
+}
+#endif
+
+}  // namespace adamw_ext

@@ -1,0 +1,56 @@
+// Runs a step's table on one device: the seam between the stepper, which checks tensors, and the kernels, which take
+// plain pointers.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "../core/advance.h"
+#include "../core/table.h"
+#include "../cpu/isa.h"
+
+namespace adamw_ext {
+
+// How a step is run. None of it changes bits.
+struct Tuning {
+  cpu::Isa isa;
+  std::int64_t units_per_chunk = 0;  // 0: chosen from the work
+  int emulated_arguments = 0;        // CPU tensors take the emulated CUDA path, with this many bytes a launch; 0: no
+};
+
+struct Work {
+  // Its scalars count only where steps is empty.
+  Table table;
+
+  // The entries whose steps lie in memory, to be advanced first; empty where the host has counted. Entry i of the table
+  // has scalars i, wherever the executor keeps them.
+  StepTable steps;
+
+  double unscale;     // where the host has counted: gradients are divided by it in place, unless it is 1
+  bool writes_grads;  // a gradient scaler was given
+};
+
+class Executor {
+ public:
+  virtual ~Executor() = default;
+
+  // Whether the calls to run() are recorded into a graph at present.
+  virtual bool is_capturing() const = 0;
+
+  // Waits for nothing on a GPU: the work goes to the device's current stream.
+  virtual void run(const Work& work, const Tuning& tuning) = 0;
+};
+
+// Throws for a device without kernels.
+std::unique_ptr<Executor> make_executor(c10::Device device);
+
+// Whether make_executor knows devices of this type.
+bool has_kernels(c10::DeviceType type);
+
+// Writes one group's hyperparameters into the memory of a CUDA device, where captured graphs read them. `now`: on a
+// stream of its own and finished on return, also while a graph is captured; else on the current stream.
+void write_mirror(Hyper* mirror, const Hyper& hyper, c10::Device device, bool now);
+
+}  // namespace adamw_ext

@@ -1,0 +1,34 @@
+#include "mirror.h"
+
+#include <ATen/ops/empty.h>
+
+#include <limits>
+
+#include "executor.h"
+
+namespace adamw_ext {
+namespace {
+
+bool same(const Hyper& a, const Hyper& b) {
+  return a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps && a.weight_decay == b.weight_decay;
+}
+
+}  // namespace
+
+void HyperMirror::update(Cell& cell, const Hyper& hyper, bool now) {
+  if (same(cell.written, hyper)) return;
+  write_mirror(static_cast<Hyper*>(cell.memory.mutable_data_ptr()), hyper, cell.memory.device(), now);
+  cell.written = hyper;
+}
+
+const Hyper* HyperMirror::hold(c10::Device device, std::int32_t group, const Hyper& hyper) {
+  Cell& cell = cells_[{device.index(), group}];
+  if (!cell.memory.defined()) {
+    cell.memory = at::empty({sizeof(Hyper)}, at::TensorOptions().dtype(c10::kByte).device(device));
+    cell.written.lr = std::numeric_limits<double>::quiet_NaN();  // equals nothing
+  }
+  update(cell, hyper, /*now=*/true);
+  return static_cast<const Hyper*>(cell.memory.const_data_ptr());
+}
+
+}  // namespace adamw_ext
