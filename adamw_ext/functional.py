@@ -30,11 +30,15 @@ def adamw(
     """Update ``params`` and their state in place by one AdamW step, all or none.
 
     Args:
-        params: tensors to update, of any supported dtypes and strides, on the CPU (others go through torch).
+        params: tensors to update, of any supported dtypes and strides, on devices that have kernels (others go through
+            torch).
         grads, exp_avgs, exp_avg_sqs: one tensor per param, of its shape; gradients of its dtype, moments of its dtype
             or float32 for bfloat16 and float16 params, laid out in memory as the param.
         max_exp_avg_sqs: as exp_avgs if ``amsgrad``, else anything.
-        state_steps: one 0-d float32 CPU tensor per param: updates made before this one. Incremented.
+        state_steps: one 0-d float32 tensor per param: updates made before this one. Incremented. On the CPU, or, for
+            CUDA params, on their device: then the host reads no number, so that the call can be captured in a CUDA
+            graph, which keeps float hyperparameters as they are.
+        lr: a number, or a 1-element tensor; a CUDA tensor is read on the device by a step that keeps its count there.
         grad_scale: 1 element; gradients are divided by it, in place too.
         found_inf: 1 element; anything but 0 makes this call do nothing.
 
@@ -72,7 +76,8 @@ def adamw(
         return
     if not params:
         return
-    torch.ops.adamw_ext.adamw_(
+    operator = torch.ops.adamw_ext.adamw_
+    (operator.tensor_lr if isinstance(lr, Tensor) else operator.default)(
         params,
         grads,
         exp_avgs,
@@ -81,7 +86,7 @@ def adamw(
         state_steps,
         grad_scale,
         found_inf,
-        lr=float(lr),
+        lr=lr,
         beta1=float(beta1),
         beta2=float(beta2),
         weight_decay=float(weight_decay),

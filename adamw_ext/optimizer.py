@@ -148,7 +148,8 @@ class AdamW(torch.optim.AdamW):
 
         Hyperparameters and state come from the dict. The constructor's implementation flags (``foreach``,
         ``capturable``, ``differentiable``, ``fused``), a tensor ``lr``, and the addresses of state tensors that fit
-        stay. Moments keep the dict's dtype where a kernel takes it (float32 moments of a bfloat16 param).
+        stay, so that captured steps remain valid; the loaded hyperparameters are handed to them. Moments keep the
+        dict's dtype where a kernel takes it (float32 moments of a bfloat16 param).
 
         Raises:
             ValueError: another number of groups or params, or state of another shape. Nothing has changed then.
@@ -159,6 +160,7 @@ class AdamW(torch.optim.AdamW):
             super().load_state_dict(state_dict)
         finally:
             del self._optimizer_load_state_dict_pre_hooks[hook_key]  # type: ignore[arg-type]
+        self.sync_hyperparameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "param_groups" in self.__dict__:  # torch's load_state_dict; unpickling starts from nothing

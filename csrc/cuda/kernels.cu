@@ -43,7 +43,7 @@ Error query_limits(int device, Limits& limits) noexcept {
   int major = 0, driver = 0;
   if (const Error error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) return error;
   if (const Error error = cudaDriverGetVersion(&driver)) return error;
-  limits.argument_bytes = CUDART_VERSION >= 12010 && driver >= 12010 && major >= 7 ? large_arguments : small_arguments;
+  limits.argument_bytes = driver >= 12010 && major >= 7 ? large_arguments : small_arguments;
   return cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
 }
 

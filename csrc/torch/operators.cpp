@@ -9,9 +9,24 @@ namespace {
 
 at::Tensor element(at::TensorList list, std::size_t index) { return list.empty() ? at::Tensor() : list[index]; }
 
+void set_lr(GroupOptions& group, double lr) { group.hyper.lr = lr; }
+
+// The host does not read a tensor that kernels can.
+void set_lr(GroupOptions& group, const at::Tensor& lr) {
+  TORCH_CHECK(holds_number(lr), "lr must hold 1 element, but has ", describe(*lr.unsafeGetTensorImpl()));
+  if (lr.is_cuda()) {
+    group.lr = lr;
+  } else {
+    group.hyper.lr = lr.item().toDouble();
+    group.host_tensor = "lr";
+  }
+}
+
+// Lr: double or const at::Tensor&.
+template <class Lr>
 void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
            at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const std::optional<at::Tensor>& grad_scale,
-           const std::optional<at::Tensor>& found_inf, double lr, double beta1, double beta2, double weight_decay,
+           const std::optional<at::Tensor>& found_inf, Lr lr, double beta1, double beta2, double weight_decay,
            double eps, bool amsgrad, bool maximize) {
   const std::size_t count = params.size();
   const auto check_length = [&](at::TensorList list, const char* name) {
@@ -28,7 +43,8 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   if (count == 0) return;
 
   std::vector<GroupOptions> groups(1);
-  groups[0].hyper = {lr, beta1, beta2, eps, weight_decay};
+  groups[0].hyper = {0.0, beta1, beta2, eps, weight_decay};
+  set_lr(groups[0], lr);
   groups[0].amsgrad = amsgrad;
   groups[0].maximize = maximize;
   groups[0].capturable = state_steps[0].device() == params[0].device();
@@ -49,21 +65,36 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   stepper.finish();
 }
 
+std::string schema(const std::string& overload, const std::string& lr) {
+  return "adamw_" + overload +
+         "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
+         "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor? grad_scale=None, Tensor? found_inf=None, "
+         "*, " +
+         lr + " lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize) -> ()";
+}
+
+constexpr const char* overloads[] = {"adamw_", "adamw_.tensor_lr"};
+
+// The stepper reads lazily conjugated and negated tensors itself; torch's fallbacks refuse them in mutable lists.
+void fall_through(torch::Library& library) {
+  for (const char* name : overloads) library.impl(name, torch::CppFunction::makeFallthrough());
+}
+
 }  // namespace
 
 TORCH_LIBRARY(adamw_ext, library) {
-  library.def(
-      "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-      "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor? grad_scale=None, Tensor? found_inf=None, *, "
-      "float lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize) -> ()");
+  library.def(schema("", "float").c_str());
+  library.def(schema(".tensor_lr", "Tensor").c_str());
 }
 
 // For every backend, so that tensors which do not belong here meet the stepper's checks and their messages.
-TORCH_LIBRARY_IMPL(adamw_ext, CompositeExplicitAutograd, library) { library.impl("adamw_", &adamw); }
+TORCH_LIBRARY_IMPL(adamw_ext, CompositeExplicitAutograd, library) {
+  library.impl(overloads[0], &adamw<double>);
+  library.impl(overloads[1], &adamw<const at::Tensor&>);
+}
 
-// The stepper reads lazily conjugated and negated tensors itself; torch's fallbacks refuse them in mutable lists.
-TORCH_LIBRARY_IMPL(adamw_ext, Conjugate, library) { library.impl("adamw_", torch::CppFunction::makeFallthrough()); }
-TORCH_LIBRARY_IMPL(adamw_ext, Negative, library) { library.impl("adamw_", torch::CppFunction::makeFallthrough()); }
-TORCH_LIBRARY_IMPL(adamw_ext, ZeroTensor, library) { library.impl("adamw_", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(adamw_ext, Conjugate, library) { fall_through(library); }
+TORCH_LIBRARY_IMPL(adamw_ext, Negative, library) { fall_through(library); }
+TORCH_LIBRARY_IMPL(adamw_ext, ZeroTensor, library) { fall_through(library); }
 
 }  // namespace adamw_ext
