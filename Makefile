@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short test test-slow mutation mutation-sample bench lint format clean
+.PHONY: demo demo-short test test-slow test-cuda-build gpu-check mutation mutation-sample bench lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -24,6 +24,32 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests
+
+# The CUDA kernels without a GPU: built against a CUDA build of torch (the second torch version that is tested) in a copy
+# of the checkout, looked into, and the suite run on that build. A skip in the first part would hide a failure.
+CUDA_TORCH := torch==2.11.0
+CUDA_VENV  := .venv-cuda
+CUDA_COPY  := out/cuda-build
+
+$(CUDA_VENV)/installed: Makefile
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=77" "pytest>=8" "hypothesis>=6.100" \
+		"nvidia-cuda-cuobjdump>=13,<14" "nvidia-cuda-nvdisasm>=13,<14"
+	touch $@
+
+test-cuda-build: $(CUDA_VENV)/installed
+	mkdir -p $(CUDA_COPY)
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --preserve=timestamps -t $(CUDA_COPY)
+	cd $(CUDA_COPY) && ADAMW_EXT_CUDA=1 TORCH_CUDA_ARCH_LIST="8.0;9.0;10.0+PTX" \
+		$(CURDIR)/$(CUDA_VENV)/bin/python setup.py -q build_ext --inplace egg_info > build.log 2>&1 || (cat build.log; false)
+	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python -m adamw_ext
+	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -v -rs tests/test_kernels_cuda.py > kernels.log; \
+		status=$$?; cat kernels.log; test $$status = 0 && ! grep -q SKIPPED kernels.log
+	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -m "not slow" tests
+
+# On a machine with an NVIDIA GPU, with $(PYTHON)'s own torch and pytest and a CUDA toolkit: nothing is installed.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 # Builds the extension with seeded faults and shows that the tests notice each: all of them, or the first four that
 # any optimizer test must notice.

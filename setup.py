@@ -7,11 +7,28 @@ and nvcc is found. MAX_JOBS limits the number of compilers that run at once.
 import glob
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 
 from setuptools import setup
+
+
+def name_toolkit() -> None:
+    """Set CUDA_HOME, where the user has not, to the root that nvcc says it has.
+
+    torch takes the folder above the nvcc on PATH for the toolkit's root, which is wrong where that is a wrapper.
+    """
+    nvcc = shutil.which("nvcc")
+    if nvcc is None or "CUDA_HOME" in os.environ or "CUDA_PATH" in os.environ:
+        return
+    answer = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    if root := re.search(r"^#\$ TOP=(.+)$", answer.stdout + answer.stderr, flags=re.MULTILINE):
+        os.environ["CUDA_HOME"] = os.path.realpath(root[1].strip())
+
+
+name_toolkit()  # before torch looks for it, at the import
 
 try:
     import torch
@@ -93,6 +110,9 @@ def cuda_architectures() -> str:
     """What TORCH_CUDA_ARCH_LIST says; else the GPUs that are present, or, without one, those torch was built for."""
     if not CUDA:
         return ""
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+        versions = re.findall(r"sm_(\d+)(\d)\b", torch._C._cuda_getArchFlags())
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{major}.{minor}" for major, minor in versions) + "+PTX"
     flags = cpp_extension._get_cuda_arch_flags()
     return " ".join(flag.rpartition("code=")[2] for flag in flags)
 

@@ -147,8 +147,8 @@ class AdamW(torch.optim.AdamW):
         """Load a state dict of this class or of torch.optim.AdamW.
 
         Hyperparameters and state come from the dict. The constructor's implementation flags (``foreach``,
-        ``capturable``, ``differentiable``, ``fused``), a tensor ``lr``, and the addresses of state tensors that fit
-        stay, so that captured steps remain valid; the loaded hyperparameters are handed to them. Moments keep the
+        ``capturable``, ``differentiable``, ``fused``), a tensor ``lr`` or beta, and the addresses of state tensors that
+        fit stay, so that captured steps remain valid; the loaded hyperparameters are handed to them. Moments keep the
         dict's dtype where a kernel takes it (float32 moments of a bfloat16 param).
 
         Raises:
@@ -249,8 +249,10 @@ class AdamW(torch.optim.AdamW):
                     name = param_name(group, index, position)
                     loads[param] = StateLoad(param, name, group, state[param], self.state.get(param, {}), live)
         for current, loaded in zip(self.param_groups, groups, strict=True):
-            if isinstance(current["lr"], Tensor) and "lr" in loaded:
-                loaded["lr"] = current["lr"].fill_(float(loaded["lr"]))
+            if "lr" in loaded:
+                loaded["lr"] = refill(current["lr"], loaded["lr"])
+            if "betas" in loaded and any(isinstance(beta, Tensor) for beta in current["betas"]):
+                loaded["betas"] = tuple(map(refill, current["betas"], loaded["betas"]))
         for owner, items in state.items():
             if owner in loads:
                 state[owner] = loads[owner].apply()
@@ -261,6 +263,11 @@ class AdamW(torch.optim.AdamW):
         """torch's: refuses to capture a step that is not capturable."""
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
+
+
+def refill(current: float | Tensor, loaded: float | Tensor) -> float | Tensor:
+    """The loaded number; in the tensor that holds the present one, if one does."""
+    return current.fill_(float(loaded)) if isinstance(current, Tensor) else loaded
 
 
 def check_flags(group: dict[str, Any], index: int) -> None:
