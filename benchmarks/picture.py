@@ -1,4 +1,4 @@
-"""The benchmark's picture: one panel a workload, one bar a peer."""
+"""The benchmark's picture: one panel a workload and clock, one bar a peer."""
 
 import math
 from pathlib import Path
@@ -9,49 +9,65 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-from benchmarks.peers import FLOOR, OURS
+from benchmarks.clocks import HOST, Clock, clocks_on
+from benchmarks.peers import COPY, FLOOR, OURS, OURS_CAPTURABLE, OURS_CAPTURED
 
-COLORS = {OURS: "#1f5f8b", FLOOR: "#b8bec4"}
+COLORS = {OURS: "#1f5f8b", OURS_CAPTURABLE: "#4d8fb8", OURS_CAPTURED: "#4d8fb8", FLOOR: "#b8bec4", COPY: "#b8bec4"}
 OTHER_COLOR = "#f2a65a"
 WEIGHTS = {OURS: "bold"}
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
     style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold"}
-    workloads = list(result["workloads"].values())
-    columns = min(2, len(workloads))
-    rows = -(-len(workloads) // columns)
+    clocks = clocks_on(result["device"])
+    panels = [(workload, clock) for workload in result["workloads"].values() for clock in clocks]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    bars = max(len(workload["peers"]) for workload, _ in panels)
+    height = max(2.3, 0.7 + 0.36 * bars)
     with plt.rc_context(style):
-        figure, panels = plt.subplots(
-            rows, columns, figsize=(6.8 * columns, 0.9 + 2.3 * rows), squeeze=False, layout="constrained"
+        figure, places = plt.subplots(
+            rows, columns, figsize=(6.8 * columns, 0.9 + height * rows), squeeze=False, layout="constrained"
         )
-        for panel, workload in zip(panels.flat, workloads, strict=False):
-            draw_workload(panel, workload)
-        for panel in panels.flat[len(workloads) :]:
-            panel.set_axis_off()
+        for place, (workload, clock) in zip(places.flat, panels, strict=False):
+            draw_panel(place, workload, clock, with_clock=len(clocks) > 1)
+        for place in places.flat[len(panels) :]:
+            place.set_axis_off()
+        threads = f"{result['threads']} threads, " if result["device"] == "cpu" else ""
         figure.suptitle(
             f"Time of one optimizer step: median, quartiles, and times {OURS}'s\n"
-            f"{result['processor']}, {result['threads']} threads, torch {result['build']['torch']}, {result['date']}"
+            f"{result['processor']}, {threads}torch {result['build']['torch']}, {result['date']}"
         )
         figure.get_layout_engine().set(wspace=0.08, hspace=0.06)
         figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)
         plt.close(figure)
 
 
-def draw_workload(axes: Any, workload: dict[str, Any]) -> None:
-    peers = workload["peers"]
-    longest = 1e3 * max(peer["seconds"]["median"] for peer in peers.values())
+def draw_panel(axes: Any, workload: dict[str, Any], clock: Clock, with_clock: bool) -> None:
+    peers = {name: peer for name, peer in workload["peers"].items() if clock.seconds in peer}
+    longest = max(peer[clock.seconds]["median"] for peer in peers.values())
+    unit, scale = ("ms", 1e3) if longest >= 1e-3 else ("µs", 1e6)
     for position, (name, peer) in enumerate(peers.items()):
-        median, first, third = (1e3 * peer["seconds"][key] for key in ("median", "q1", "q3"))
+        median, first, third = (scale * peer[clock.seconds][key] for key in ("median", "q1", "q3"))
         look = {"color": COLORS.get(name, OTHER_COLOR), "ecolor": "#444444", "capsize": 3}
         axes.barh(position, median, 0.65, xerr=[[median - first], [third - median]], **look)
-        for place, text in ((1.19, milliseconds(median)), (1.35, f"{peer['ratio']['median']:.2f}x")):
+        for place, text in ((1.19, duration(median / scale)), (1.35, factor(peer[clock.ratio]["median"]))):
             where = axes.get_yaxis_transform()
             axes.text(place, position, text, transform=where, ha="right", va="center", weight=WEIGHTS.get(name))
     axes.set_yticks(range(len(peers)), list(peers))
     axes.invert_yaxis()
-    axes.set(xlabel="ms", xlim=(0, 1.15 * longest), title=workload["title"])
+    title = f"{workload['title']}: {clock.title}" if with_clock else workload["title"]
+    axes.set(xlabel=unit, xlim=(0, 1.15 * scale * longest), title=title)
+    if clock.prefix == HOST:  # from microseconds to tens of milliseconds
+        shortest = min(peer[clock.seconds]["median"] for peer in peers.values())
+        axes.set(xscale="log", xlim=(0.5 * scale * shortest, 1.5 * scale * longest), xlabel=f"{unit}, logarithmic")
 
 
-def milliseconds(value: float) -> str:
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f} ms"
+def duration(seconds: float) -> str:
+    unit, scale = ("ms", 1e3) if seconds >= 1e-4 else ("µs", 1e6)
+    value = scale * seconds
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(value)))}f} {unit}"
+
+
+def factor(ratio: float) -> str:
+    return f"{ratio:.2f}x" if ratio < 100 else f"{ratio:,.0f}x"

@@ -1,4 +1,4 @@
-"""Times one optimizer step against its peers and the streaming floor: python -m benchmarks.step_time
+"""Times one optimizer step against its peers and the least time that its bytes take: python -m benchmarks.step_time
 
 Writes DEVICE-DATE.json, .md and .png: times, ratios, and which of the contract's targets they reach.
 """
@@ -6,8 +6,10 @@ Writes DEVICE-DATE.json, .md and .png: times, ratios, and which of the contract'
 import argparse
 import json
 import os
-import platform
+import subprocess
+import sys
 import tempfile
+import traceback
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -16,72 +18,67 @@ from typing import Any
 import torch
 
 import adamw_ext
-from benchmarks.measure import CLOCKS, allocated_bytes, import_seconds, interleaved, quartiles, ratios
-from benchmarks.peers import DEEPSPEED, FLOOR, OURS, peers_on
+from benchmarks.clocks import clocks_on
+from benchmarks.comparison import measure, reason
+from benchmarks.device import check_device, device_facts
+from benchmarks.kernels import kernels_of
+from benchmarks.measure import import_seconds
+from benchmarks.peers import DEEPSPEED, OURS, peers_on
 from benchmarks.picture import draw
-from benchmarks.report import judge, markdown, peers_table, workload_summary
-from benchmarks.workloads import Workload, full_workloads, quick_workloads
+from benchmarks.report import markdown, peers_table, workload_summary
+from benchmarks.targets import judge
+from benchmarks.workloads import workloads_on
 
 RESULTS = Path(__file__).parent / "results"
-LEAST_ROUNDS = 9
-
-
-def measure(workload: Workload, device: str, budget: float) -> dict[str, Any]:
-    params = workload.make_params(device)
-    steps = {name: make_step(params) for name, make_step in peers_on(device).items()}
-    samples = interleaved(steps, CLOCKS[device], budget, LEAST_ROUNDS)
-    if not all(param.isfinite().all() for param in params):
-        raise RuntimeError(f"params of {workload.name} are no longer finite: the times mean nothing")
-    peers = {}
-    for name, seconds in samples.items():
-        spread = quartiles(seconds)
-        peers[name] = {
-            "seconds": spread,
-            "ratio": ratios(seconds, samples[OURS]),
-            "gigabytes_per_second": workload.step_bytes / spread["median"] / 1e9,
-            "allocated_bytes": allocated_bytes(steps[name]),
-        }
-    result = {
-        "title": workload.title,
-        "tensors": len(workload.shapes),
-        "numel": workload.numel,
-        "step_bytes": workload.step_bytes,
-        "rounds": len(samples[OURS]),
-        "peers": peers,
-    }
-    if FLOOR in samples:
-        result["ours_over_floor"] = ratios(samples[OURS], samples[FLOOR])
-    return result
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+QUICK_SECONDS = 0.2
 
 
 def parse_arguments() -> argparse.Namespace:
-    names = [workload.name for workload in full_workloads()]
+    names = {device: [workload.name for workload in workloads_on(device)] for device in ("cpu", "cuda")}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=sorted(CLOCKS), default="cpu")
+    parser.add_argument("--device", choices=list(names), default="cpu")
     parser.add_argument("--out", type=Path, help="folder for the results (default: benchmarks/results)")
     parser.add_argument("--quick", action="store_true", help="small models and few rounds, into a temporary folder")
-    parser.add_argument("--workloads", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--workloads", nargs="+", metavar="NAME", help="; ".join(map(" ".join, names.values())))
     parser.add_argument("--seconds", type=float, default=60.0, help="measuring time for each workload")
-    return parser.parse_args()
+    args = parser.parse_args()
+    known = names[args.device]
+    args.workloads = args.workloads or known
+    if unknown := set(args.workloads) - set(known):
+        parser.error(f"no such workload on {args.device}: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
+    return args
+
+
+def add_kernels(result: dict[str, Any]) -> None:
+    """How many kernels each peer's step takes. Last of all, when nothing more is timed."""
+    try:
+        counts = kernels_of(list(result["workloads"]), result["quick"])
+    except (subprocess.SubprocessError, ValueError) as error:
+        result.setdefault("failures", {})["kernel counts"] = reason(error)
+        return
+    for name, workload in result["workloads"].items():
+        for peer, count in counts.get(name, {}).items():
+            if count is not None and peer in workload["peers"]:
+                workload["peers"][peer]["kernels"] = count
+
+
+def finish(result: dict[str, Any], path: Path) -> None:
+    """Judge and write what there is so far: a run that is cut short leaves what it has measured."""
+    if not result["quick"]:
+        result["targets"] = judge(result)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
+    path.with_suffix(".md").write_text(markdown(result))
 
 
 def main() -> None:
     args = parse_arguments()
+    check_device(args.device)
     out = args.out or (Path(tempfile.mkdtemp(prefix="adamw_ext-bench-")) if args.quick else RESULTS)
     out.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
         "date": date.today().isoformat(),
         "device": args.device,
-        "processor": processor(),
+        **device_facts(args.device),
         "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "build": adamw_ext.build_info(),
@@ -90,18 +87,32 @@ def main() -> None:
         "import_seconds": import_seconds(),
         "workloads": {},
     }
-    for workload in quick_workloads() if args.quick else full_workloads():
-        if workload.name in args.workloads:
-            measured = measure(workload, args.device, 0.2 if args.quick else args.seconds)
-            result["workloads"][workload.name] = measured
-            print(f"\n{workload.title}: {workload_summary(measured)}\n\n{peers_table(measured['peers'])}", flush=True)
-    if not args.quick:
-        result["targets"] = judge(result)
     path = out / f"{args.device}-{result['date']}"
-    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    path.with_suffix(".md").write_text(markdown(result))
+    for workload in workloads_on(args.device, args.quick):
+        if workload.name not in args.workloads:
+            continue
+        try:
+            measured = measure(workload, args.device, QUICK_SECONDS if args.quick else args.seconds)
+        except Exception as error:
+            # What has been measured is worth having, and the other workloads may work.
+            traceback.print_exc()
+            result.setdefault("failures", {})[workload.name] = reason(error)
+            continue
+        result["workloads"][workload.name] = measured
+        peers = peers_table(measured["peers"], clocks_on(args.device))
+        print(f"\n{workload.title}: {workload_summary(measured)}\n\n{peers}", flush=True)
+        if broken := [name for name in measured.get("failures", {}) if name.startswith(OURS)]:
+            result.setdefault("failures", {})[workload.name] = f"{', '.join(broken)} failed, see its table"
+        finish(result, path)
+    if not result["workloads"]:
+        sys.exit("No workload could be measured.")
+    if args.device == "cuda":
+        add_kernels(result)
+        finish(result, path)
     draw(result, path.with_suffix(".png"))
     print(f"\n{markdown(result).split('##')[0]}written: {path.name}.json, .md and .png in {out}")
+    if "failures" in result:
+        sys.exit(f"Not measured in full: {', '.join(result['failures'])}.")
 
 
 if __name__ == "__main__":

@@ -27,13 +27,20 @@ class Workload:
 
     def make_params(self, device: str) -> list[Parameter]:
         """Random params with random gradients, which stay for all steps."""
-        generator = torch.Generator(device).manual_seed(0)
-        params = []
-        for shape in self.shapes:
-            param = Parameter(torch.empty(shape, dtype=self.dtype, device=device).normal_(generator=generator))
-            param.grad = torch.empty_like(param).normal_(generator=generator)
-            params.append(param)
+        params = [Parameter(torch.empty(shape, dtype=self.dtype, device=device)) for shape in self.shapes]
+        for param in params:
+            param.grad = torch.empty_like(param)
+        randomize(params)
         return params
+
+
+@torch.no_grad()
+def randomize(params: list[Parameter]) -> None:
+    """Standard normal params and gradients, the same each time."""
+    generator = torch.Generator(params[0].device).manual_seed(0)
+    for param in params:
+        param.normal_(generator=generator)
+        param.grad.normal_(generator=generator)
 
 
 def gpt2_shapes(layers: int = 12, width: int = 768, vocabulary: int = 50257, context: int = 1024) -> Shapes:
@@ -63,6 +70,21 @@ def resnet_shapes(blocks: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, class
     return (*shapes, (classes, inputs), (classes,))
 
 
+def neox_shapes(layers: int = 16, width: int = 2048, vocabulary: int = 50304) -> Shapes:
+    """GPT-NeoX; the defaults are Pythia-1B (Biderman et al. 2023): 196 tensors, 1,011,781,632 parameters."""
+    norm = [(width,), (width,)]
+    attention = [(3 * width, width), (3 * width,), (width, width), (width,)]
+    mlp = [(4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    return ((vocabulary, width), *(norm + norm + attention + mlp) * layers, *norm, (vocabulary, width))
+
+
+def workloads_on(device: str, quick: bool = False) -> list[Workload]:
+    """``quick`` gives the same list for small models: shows that the benchmark runs, and says nothing about speed."""
+    both = quick_workloads() if quick else full_workloads()
+    large = quick_large_workloads() if quick else large_workloads()
+    return both if device == "cpu" else large + both
+
+
 def full_workloads() -> list[Workload]:
     return [
         Workload("gpt2-fp32", "GPT-2 small, float32", torch.float32, gpt2_shapes()),
@@ -72,12 +94,26 @@ def full_workloads() -> list[Workload]:
     ]
 
 
+def large_workloads() -> list[Workload]:
+    return [
+        Workload("large-fp32", "Pythia-1B, float32", torch.float32, neox_shapes()),
+        Workload("large-bf16", "Pythia-1B, bfloat16", torch.bfloat16, neox_shapes()),
+    ]
+
+
 def quick_workloads() -> list[Workload]:
-    """The same lists for small models: shows that the benchmark runs, and says nothing about speed."""
     gpt2 = gpt2_shapes(layers=2, width=64, vocabulary=1000, context=64)
     return [
         Workload("gpt2-fp32", "small GPT-2, float32", torch.float32, gpt2),
         Workload("gpt2-bf16", "small GPT-2, bfloat16", torch.bfloat16, gpt2),
         Workload("small-tensors", "100 tensors of 64 elements, float32", torch.float32, ((64,),) * 100),
         Workload("resnet50", "small ResNet, float32", torch.float32, resnet_shapes((1, 1), width=16, classes=10)),
+    ]
+
+
+def quick_large_workloads() -> list[Workload]:
+    neox = neox_shapes(layers=2, width=128, vocabulary=2000)
+    return [
+        Workload("large-fp32", "small GPT-NeoX, float32", torch.float32, neox),
+        Workload("large-bf16", "small GPT-NeoX, bfloat16", torch.bfloat16, neox),
     ]
