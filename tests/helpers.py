@@ -1,9 +1,10 @@
 """What several test files need: the combinations and levels under test, forced paths, and comparison by bits."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +16,12 @@ ISA_LEVELS = _C.isa_levels()
 
 # A complex tensor is updated as its real view: same kernels, two numbers an element.
 COMPLEX_COMBINATIONS = [(dtype, dtype) for dtype in (torch.complex128, torch.complex64, torch.complex32)]
+
+# For tests that run on both: what they prove of the GPU, their own logic proves on the CPU.
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+# Where the step counts are kept, as constructor arguments: on the CPU, or on the param's device.
+MODES: dict[str, dict[str, bool]] = {"host_steps": {}, "capturable": {"capturable": True}, "fused": {"fused": True}}
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -81,3 +88,45 @@ def spread(count: int, dtype: torch.dtype, generator: torch.Generator, *, octave
     signs = torch.randint(0, 2, (count,), generator=generator) * 2.0 - 1.0
     exponents = (torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1) * octaves
     return (signs * torch.exp2(exponents)).to(dtype)
+
+
+def on_cpu(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Copies that later steps do not change."""
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What is queued within goes to this stream, after all that was queued before and before all that follows."""
+    if stream is None:
+        yield
+        return
+    outer = torch.cuda.current_stream()
+    stream.wait_stream(outer)
+    with torch.cuda.stream(stream):
+        yield
+    outer.wait_stream(stream)
+
+
+class Captured:
+    """Work that can be replayed: a CUDA graph; on the CPU, the same call again. Making one runs nothing."""
+
+    def __init__(
+        self,
+        work: Callable[[], object],
+        device: str,
+        *,
+        stream: torch.cuda.Stream | None = None,  # None: the stream that torch captures on
+        share_pool_with: "Captured | None" = None,
+    ) -> None:
+        self._replay: Callable[[], object] = work
+        self.pool: tuple[int, int] | None = None
+        if device == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=share_pool_with and share_pool_with.pool, stream=stream):
+                work()
+            self.pool = graph.pool()
+            self._replay = graph.replay
+
+    def replay(self) -> None:
+        self._replay()

@@ -33,6 +33,7 @@ struct Table {
   const TensorEntry* entries;
   std::int64_t entry_count;
   const Scalars* scalars;
+  std::int64_t scalars_count;
   std::int64_t unit_count;
 };
 

@@ -1,5 +1,5 @@
 // What travels to a kernel by value: a piece of the tensor table, small enough to be a kernel argument, so that a
-// captured graph holds no pointer into host memory. And the two kernels' bodies, as one block's thread runs them.
+// captured graph holds no pointer into host memory. And the kernels' bodies, as one block's thread runs them.
 #pragma once
 
 #include <cstddef>
@@ -8,6 +8,7 @@
 #include "../core/advance.h"
 #include "../core/table.h"
 #include "body.h"
+#include "launch.h"
 
 namespace adamw_ext::cuda {
 
@@ -22,9 +23,8 @@ constexpr int capacity(int bytes, std::size_t header, std::size_t piece) {
 
 template <class T, int bytes>
 struct UpdateArguments {
-  static constexpr int scalars_bytes = bytes / 50;
-  static constexpr int scalars_capacity = capacity(scalars_bytes, 0, sizeof(StepScalars<T>));
-  static constexpr int entry_capacity = capacity(bytes, 40 + scalars_bytes, sizeof(TensorEntry));
+  static constexpr int entry_capacity =
+      capacity(bytes, 40 + scalars_by_value * sizeof(StepScalars<T>), sizeof(TensorEntry));
 
   const Scalars* device_scalars;  // in device memory, or null: those below
   const float* found_inf;         // in device memory, or null
@@ -32,8 +32,8 @@ struct UpdateArguments {
   std::int64_t units_per_chunk;
   std::int32_t entry_count;
   bool writes_grads;
-  StepScalars<T> scalars[scalars_capacity];
-  TensorEntry entries[entry_capacity];  // not empty, laid out anew; `scalars` counts in the array that is used
+  StepScalars<T> scalars[scalars_by_value];
+  TensorEntry entries[entry_capacity];  // not empty, laid out anew
 };
 
 template <int bytes>
@@ -48,6 +48,15 @@ struct AdvanceArguments {
   StepEntry entries[entry_capacity];
 };
 
+template <int bytes>
+struct UploadArguments {
+  static constexpr int scalars_capacity = capacity(bytes, 16, sizeof(Scalars));
+
+  Scalars* destination;
+  std::int32_t count;
+  Scalars scalars[scalars_capacity];
+};
+
 static_assert(UpdateArguments<float, large_arguments>::entry_capacity >= 500, "500 tensors in one launch");
 static_assert(sizeof(UpdateArguments<float, large_arguments>) <= large_arguments, "too large");
 static_assert(sizeof(UpdateArguments<double, large_arguments>) <= large_arguments, "too large");
@@ -55,6 +64,8 @@ static_assert(sizeof(UpdateArguments<float, small_arguments>) <= small_arguments
 static_assert(sizeof(UpdateArguments<double, small_arguments>) <= small_arguments, "too large");
 static_assert(sizeof(AdvanceArguments<large_arguments>) <= large_arguments, "too large");
 static_assert(sizeof(AdvanceArguments<small_arguments>) <= small_arguments, "too large");
+static_assert(sizeof(UploadArguments<large_arguments>) <= large_arguments, "too large");
+static_assert(sizeof(UploadArguments<small_arguments>) <= small_arguments, "too large");
 
 // The update kernel: thread `thread` of `threads` in the block that updates chunk `chunk`.
 template <class Param, class Moment, bool amsgrad, class T, int bytes>
@@ -63,7 +74,7 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void update_chunk(const UpdateArguments<T, bytes>&
   if (Scaling{nullptr, arguments.found_inf}.skips()) return;
   const std::int64_t begin = chunk * arguments.units_per_chunk;
   const std::int64_t end = begin + arguments.units_per_chunk;
-  const Table table{arguments.entries, arguments.entry_count, nullptr, arguments.unit_count};
+  const Table table{arguments.entries, arguments.entry_count, nullptr, 0, arguments.unit_count};
   for_each_segment(table, begin, end < arguments.unit_count ? end : arguments.unit_count,
                    [&](const TensorEntry& entry, std::int64_t from, std::int64_t to) {
                      const StepScalars<T> scalars = arguments.device_scalars != nullptr
@@ -80,6 +91,12 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void advance_entry(const AdvanceArguments<bytes>& 
   if (thread >= arguments.entry_count || arguments.scaling.skips()) return;
   const StepEntry& entry = arguments.entries[thread];
   arguments.scalars[entry.scalars] = advance(*entry.step, arguments.sources[entry.source], arguments.scaling);
+}
+
+// The upload kernel.
+template <int bytes>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void upload_scalars(const UploadArguments<bytes>& arguments, int thread) {
+  if (thread < arguments.count) arguments.destination[thread] = arguments.scalars[thread];
 }
 
 }  // namespace adamw_ext::cuda

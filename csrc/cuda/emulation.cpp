@@ -19,8 +19,17 @@ struct HostLauncher {
 
   template <class Arguments>
   Error advance(const Arguments& arguments) const {
-    const int blocks = (arguments.entry_count + threads_per_block - 1) / threads_per_block;
-    for (int thread = 0; thread < blocks * threads_per_block; ++thread) advance_entry(arguments, thread);
+    for (int thread = 0; thread < blocks_for(arguments.entry_count) * threads_per_block; ++thread) {
+      advance_entry(arguments, thread);
+    }
+    return 0;
+  }
+
+  template <class Arguments>
+  Error upload(const Arguments& arguments) const {
+    for (int thread = 0; thread < blocks_for(arguments.count) * threads_per_block; ++thread) {
+      upload_scalars(arguments, thread);
+    }
     return 0;
   }
 };
@@ -29,6 +38,10 @@ struct HostLauncher {
 
 Error emulate_advance(const StepTable& table, const Limits& limits) noexcept {
   return pack_advance(table, limits, HostLauncher{});
+}
+
+Error emulate_upload(const Table& table, Scalars* destination, const Limits& limits) noexcept {
+  return pack_upload(table, destination, limits, HostLauncher{});
 }
 
 Error emulate_update(const Table& table, const UpdateInputs& inputs, const Limits& limits) noexcept {

@@ -8,6 +8,8 @@ namespace adamw_ext::cuda {
 
 Error emulate_advance(const StepTable& table, const Limits& limits) noexcept;
 
+Error emulate_upload(const Table& table, Scalars* destination, const Limits& limits) noexcept;
+
 Error emulate_update(const Table& table, const UpdateInputs& inputs, const Limits& limits) noexcept;
 
 }  // namespace adamw_ext::cuda

@@ -18,6 +18,11 @@ __global__ void __launch_bounds__(threads_per_block) advance_kernel(const __grid
   advance_entry(arguments, blockIdx.x * threads_per_block + threadIdx.x);
 }
 
+template <class Arguments>
+__global__ void __launch_bounds__(threads_per_block) upload_kernel(const __grid_constant__ Arguments arguments) {
+  upload_scalars(arguments, blockIdx.x * threads_per_block + threadIdx.x);
+}
+
 __global__ void write_kernel(Hyper* mirror, const __grid_constant__ Hyper hyper) { *mirror = hyper; }
 
 struct StreamLauncher {
@@ -31,8 +36,13 @@ struct StreamLauncher {
 
   template <class Arguments>
   Error advance(const Arguments& arguments) const {
-    const int blocks = (arguments.entry_count + threads_per_block - 1) / threads_per_block;
-    advance_kernel<<<blocks, threads_per_block, 0, stream>>>(arguments);
+    advance_kernel<<<blocks_for(arguments.entry_count), threads_per_block, 0, stream>>>(arguments);
+    return cudaGetLastError();
+  }
+
+  template <class Arguments>
+  Error upload(const Arguments& arguments) const {
+    upload_kernel<<<blocks_for(arguments.count), threads_per_block, 0, stream>>>(arguments);
     return cudaGetLastError();
   }
 };
@@ -49,6 +59,10 @@ Error query_limits(int device, Limits& limits) noexcept {
 
 Error launch_advance(const StepTable& table, const Limits& limits, void* stream) noexcept {
   return pack_advance(table, limits, StreamLauncher{static_cast<cudaStream_t>(stream)});
+}
+
+Error launch_upload(const Table& table, Scalars* device_scalars, const Limits& limits, void* stream) noexcept {
+  return pack_upload(table, device_scalars, limits, StreamLauncher{static_cast<cudaStream_t>(stream)});
 }
 
 Error launch_update(const Table& table, const UpdateInputs& inputs, const Limits& limits, void* stream) noexcept {

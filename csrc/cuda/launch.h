@@ -18,8 +18,11 @@ struct Limits {
   std::int64_t units_per_chunk = 0;  // of a block; 0: chosen from the work
 };
 
+// How many scalars the update kernel takes by value. A table with more needs them in device memory.
+constexpr int scalars_by_value = 8;
+
 struct UpdateInputs {
-  const Scalars* device_scalars;  // what entries count in, or null: in the table's own
+  const Scalars* device_scalars;  // what entries count in, or null: the table's own, which travel by value
   const float* found_inf;         // one number on the device, or null; anything but 0 makes the kernel do nothing
   bool writes_grads;              // gradients are unscaled in place
 };
@@ -31,6 +34,9 @@ Error query_limits(int device, Limits& limits) noexcept;
 
 // The scalar kernel: advances every entry's step and writes its scalars, unless found_inf says otherwise.
 Error launch_advance(const StepTable& table, const Limits& limits, void* stream) noexcept;
+
+// Writes the table's scalars into device memory.
+Error launch_upload(const Table& table, Scalars* device_scalars, const Limits& limits, void* stream) noexcept;
 
 // The update kernel, one launch for up to 500 entries of one dtype combination. Units need not have been laid out.
 Error launch_update(const Table& table, const UpdateInputs& inputs, const Limits& limits, void* stream) noexcept;

@@ -1,6 +1,6 @@
 // Cuts tables into launches: shared by the launcher, which gives them to a GPU, and the emulation.
 //
-// A launcher is an object with `template <kernel's types> Error operator()(const Arguments&, std::int64_t blocks)`.
+// A launcher is an object with `update`, `advance` and `upload`, which take what the kernel of that name takes.
 #pragma once
 
 #include <algorithm>
@@ -12,6 +12,9 @@
 namespace adamw_ext::cuda {
 
 constexpr int threads_per_block = 128;
+
+// For one thread each.
+constexpr int blocks_for(int count) { return (count + threads_per_block - 1) / threads_per_block; }
 
 // A block's share: 64 units are 4,096 elements, eight packets of float32 a thread. Smaller tables are cut finer, until
 // several blocks for each multiprocessor have work.
@@ -30,23 +33,22 @@ class UpdatePacker {
 
  public:
   UpdatePacker(const Table& table, const UpdateInputs& inputs, const Limits& limits, const Launcher& launcher)
-      : table_(table), limits_(limits), launcher_(launcher) {
+      : limits_(limits), launcher_(launcher) {
     arguments_.device_scalars = inputs.device_scalars;
     arguments_.found_inf = inputs.found_inf;
     arguments_.writes_grads = inputs.writes_grads;
+    if (inputs.device_scalars == nullptr) {
+      for (std::int64_t i = 0; i < table.scalars_count; ++i) arguments_.scalars[i] = table.scalars[i].as(T());
+    }
     clear();
   }
 
   Error add(const TensorEntry& entry) {
-    std::int32_t scalars = entry.scalars;
-    if (arguments_.device_scalars == nullptr) scalars = local_scalars(entry.scalars);
-    if (scalars < 0 || arguments_.entry_count == arguments_.entry_capacity) {
+    if (arguments_.entry_count == arguments_.entry_capacity) {
       if (const Error error = flush()) return error;
-      if (arguments_.device_scalars == nullptr) scalars = local_scalars(entry.scalars);
     }
     TensorEntry& added = arguments_.entries[arguments_.entry_count++] = entry;
     added.first_unit = arguments_.unit_count;
-    added.scalars = scalars;
     arguments_.unit_count += units_of(entry.numel);
     return 0;
   }
@@ -64,26 +66,11 @@ class UpdatePacker {
   void clear() {
     arguments_.entry_count = 0;
     arguments_.unit_count = 0;
-    scalars_count_ = 0;
   }
 
-  // Where the table's scalars are among those that travel along; -1: there is no more room.
-  std::int32_t local_scalars(std::int32_t index) {
-    for (std::int32_t i = scalars_count_; i-- > 0;) {
-      if (scalars_sources_[i] == index) return i;
-    }
-    if (scalars_count_ == arguments_.scalars_capacity) return -1;
-    scalars_sources_[scalars_count_] = index;
-    arguments_.scalars[scalars_count_] = table_.scalars[index].as(T());
-    return scalars_count_++;
-  }
-
-  const Table& table_;
   const Limits& limits_;
   const Launcher& launcher_;
   UpdateArguments<T, bytes> arguments_;
-  std::int32_t scalars_count_;
-  std::int32_t scalars_sources_[UpdateArguments<T, bytes>::scalars_capacity];
 };
 
 template <class Param, class Moment, bool amsgrad, int bytes, class Launcher>
@@ -101,6 +88,8 @@ Error update_all(int combination, const Table& table, const UpdateInputs& inputs
 // Launches the update of every entry that is part of this step, one dtype combination after the other.
 template <class Launcher>
 Error pack_update(const Table& table, const UpdateInputs& inputs, const Limits& limits, const Launcher& launcher) {
+  constexpr Error invalid_value = 1;
+  if (inputs.device_scalars == nullptr && table.scalars_count > scalars_by_value) return invalid_value;
   std::int64_t entries[combination_count][2] = {};
   for (std::int64_t i = 0; i < table.entry_count; ++i) {
     const TensorEntry& entry = table.entries[i];
@@ -156,6 +145,27 @@ Error pack_advance(const StepTable& table, const Limits& limits, const Launcher&
   const bool fits = table.entry_count <= AdvanceArguments<small_arguments>::source_capacity;
   return fits || limits.argument_bytes < large_arguments ? advance_all<small_arguments>(table, launcher)
                                                          : advance_all<large_arguments>(table, launcher);
+}
+
+template <int bytes, class Launcher>
+Error upload_all(const Table& table, Scalars* destination, const Launcher& launcher) {
+  UploadArguments<bytes> arguments;
+  for (std::int64_t begin = 0; begin < table.scalars_count; begin += arguments.scalars_capacity) {
+    const std::int64_t count = std::min<std::int64_t>(arguments.scalars_capacity, table.scalars_count - begin);
+    arguments.destination = destination + begin;
+    arguments.count = static_cast<std::int32_t>(count);
+    std::copy_n(table.scalars + begin, count, arguments.scalars);
+    if (const Error error = launcher.upload(arguments)) return error;
+  }
+  return 0;
+}
+
+// Launches the writing of a table's scalars.
+template <class Launcher>
+Error pack_upload(const Table& table, Scalars* destination, const Limits& limits, const Launcher& launcher) {
+  const bool fits = table.scalars_count <= UploadArguments<small_arguments>::scalars_capacity;
+  return fits || limits.argument_bytes < large_arguments ? upload_all<small_arguments>(table, destination, launcher)
+                                                         : upload_all<large_arguments>(table, destination, launcher);
 }
 
 }  // namespace adamw_ext::cuda

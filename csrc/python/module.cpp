@@ -144,7 +144,7 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
   if (member.group < 0 || static_cast<std::size_t>(member.group) >= flags.size()) {
     throw py::index_error("a member's group does not exist");
   }
-  member.capturable = flags[member.group].capturable;
+  member.deferred = flags[member.group].capturable || (flags[member.group].fused && member.param.is_cuda());
   if (fields[1].is_none()) return member;
   const auto state = fields[1].cast<py::dict>();
   const auto item = [&](const char* key) {

@@ -47,6 +47,10 @@ class CpuExecutor : public Executor {
       cuda::emulate_advance(steps, limits);
       inputs.device_scalars = steps.scalars;
       inputs.found_inf = steps.scaling.found_inf;
+    } else if (table.scalars_count > cuda::scalars_by_value) {
+      scalars_.resize(table.scalars_count);
+      cuda::emulate_upload(table, scalars_.data(), limits);
+      inputs.device_scalars = scalars_.data();
     }
     cuda::emulate_update(table, inputs, limits);
   }
@@ -68,9 +72,11 @@ std::unique_ptr<Executor> make_cuda_executor(c10::Device device) {
   TORCH_CHECK(false, "adamw_ext has no kernels for ", device, " tensors in this build");
 }
 
-void write_mirror(Hyper*, const Hyper&, c10::Device device, bool) {
+at::Tensor make_mirror(c10::Device device) {
   TORCH_CHECK(false, "adamw_ext has no kernels for ", device, " tensors in this build");
 }
+
+void write_mirror(const at::Tensor&, const Hyper&, bool) {}
 #endif
 
 }  // namespace adamw_ext

@@ -2,7 +2,7 @@
 // plain pointers.
 #pragma once
 
-#include <c10/core/Device.h>
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <memory>
@@ -49,8 +49,12 @@ std::unique_ptr<Executor> make_executor(c10::Device device);
 // Whether make_executor knows devices of this type.
 bool has_kernels(c10::DeviceType type);
 
-// Writes one group's hyperparameters into the memory of a CUDA device, where captured graphs read them. `now`: on a
-// stream of its own and finished on return, also while a graph is captured; else on the current stream.
-void write_mirror(Hyper* mirror, const Hyper& hyper, c10::Device device, bool now);
+// Memory of a CUDA device for numbers that captured graphs read. It is no graph's own, also while one is captured: what
+// a graph's memory holds is overwritten by every replay.
+at::Tensor make_mirror(c10::Device device);
+
+// Writes one group's hyperparameters there. `now`: aside from all streams and finished on return, also while a graph is
+// captured; else on the current stream.
+void write_mirror(const at::Tensor& mirror, const Hyper& hyper, bool now);
 
 }  // namespace adamw_ext

@@ -7,6 +7,9 @@
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
+#include <map>
+#include <mutex>
+
 #include "../cuda/launch.h"
 #include "executor.h"
 
@@ -32,6 +35,30 @@ struct Capture {
   bool operator==(const Capture& other) const { return stream == other.stream && graph == other.graph; }
 };
 
+// One stream for each device that nothing else uses, so that it is never captured. torch's own streams may be.
+cudaStream_t aside_stream(c10::Device device) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, cudaStream_t> streams;
+  const std::lock_guard<std::mutex> lock(mutex);
+  cudaStream_t& stream = streams[device.index()];
+  if (stream == nullptr) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return stream;
+}
+
+// In this scope the current stream is the one aside, and what a capture in the same thread forbids is allowed.
+struct Aside {
+  explicit Aside(c10::Device device)
+      : relaxed(cudaStreamCaptureModeRelaxed),
+        device_guard(device),
+        stream(aside_stream(device)),
+        stream_guard(c10::cuda::getStreamFromExternal(stream, device.index())) {}
+
+  c10::cuda::CUDAStreamCaptureModeGuard relaxed;
+  c10::cuda::CUDAGuard device_guard;
+  cudaStream_t stream;
+  c10::cuda::CUDAStreamGuard stream_guard;
+};
+
 class CudaExecutor : public Executor {
  public:
   explicit CudaExecutor(c10::Device device) : device_(device) { check(cuda::query_limits(device.index(), limits_)); }
@@ -49,12 +76,16 @@ class CudaExecutor : public Executor {
       check(cuda::launch_advance(steps, limits_, capture.stream));
       inputs.device_scalars = steps.scalars;
       inputs.found_inf = steps.scaling.found_inf;
+    } else if (work.table.scalars_count > cuda::scalars_by_value) {
+      Scalars* const uploaded = scalars(work.table.scalars_count, capture);
+      check(cuda::launch_upload(work.table, uploaded, limits_, capture.stream));
+      inputs.device_scalars = uploaded;
     }
     check(cuda::launch_update(work.table, inputs, limits_, capture.stream));
   }
 
  private:
-  // Memory between the two kernels. It belongs to one stream, so that torch's allocator, which orders reuse by stream,
+  // Memory between two kernels. It belongs to one stream, so that torch's allocator, which orders reuse by stream,
   // can have it back at any time; and what a graph uses comes from this graph's own memory and lives as long as that.
   Scalars* scalars(std::int64_t count, const Capture& capture) {
     const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(Scalars));
@@ -80,20 +111,25 @@ std::unique_ptr<Executor> make_cuda_executor(c10::Device device) {
   return std::make_unique<CudaExecutor>(device);
 }
 
-void write_mirror(Hyper* mirror, const Hyper& hyper, c10::Device device, bool now) {
-  const c10::cuda::CUDAGuard guard(device);
-  if (!now) {
-    const Capture capture = Capture::current(device);
-    TORCH_CHECK(capture.graph == 0,
-                "sync_hyperparameters() was called while a graph is captured, which would write "
-                "the same numbers at every replay: call it between replays");
-    return check(cuda::launch_write(mirror, hyper, capture.stream));
+at::Tensor make_mirror(c10::Device device) {
+  const Aside aside(device);
+  return at::empty({sizeof(Hyper)}, at::TensorOptions().dtype(c10::kByte).device(device));
+}
+
+void write_mirror(const at::Tensor& mirror, const Hyper& hyper, bool now) {
+  auto* const memory = static_cast<Hyper*>(mirror.mutable_data_ptr());
+  if (now) {
+    const Aside aside(mirror.device());
+    check(cuda::launch_write(memory, hyper, aside.stream));
+    C10_CUDA_CHECK(cudaStreamSynchronize(aside.stream));
+    return;
   }
-  // A stream that is not captured may be launched into and waited for, once the capture's mode allows it.
-  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-  const cudaStream_t aside = c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device.index()).stream();
-  check(cuda::launch_write(mirror, hyper, aside));
-  C10_CUDA_CHECK(cudaStreamSynchronize(aside));
+  const c10::cuda::CUDAGuard guard(mirror.device());
+  const Capture capture = Capture::current(mirror.device());
+  TORCH_CHECK(capture.graph == 0,
+              "sync_hyperparameters() was called while a graph is captured, which would write the same numbers at "
+              "every replay: call it between replays");
+  check(cuda::launch_write(memory, hyper, capture.stream));
 }
 
 }  // namespace adamw_ext

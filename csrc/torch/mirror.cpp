@@ -1,7 +1,5 @@
 #include "mirror.h"
 
-#include <ATen/ops/empty.h>
-
 #include <limits>
 
 #include "executor.h"
@@ -17,14 +15,14 @@ bool same(const Hyper& a, const Hyper& b) {
 
 void HyperMirror::update(Cell& cell, const Hyper& hyper, bool now) {
   if (same(cell.written, hyper)) return;
-  write_mirror(static_cast<Hyper*>(cell.memory.mutable_data_ptr()), hyper, cell.memory.device(), now);
+  write_mirror(cell.memory, hyper, now);
   cell.written = hyper;
 }
 
 const Hyper* HyperMirror::hold(c10::Device device, std::int32_t group, const Hyper& hyper) {
   Cell& cell = cells_[{device.index(), group}];
   if (!cell.memory.defined()) {
-    cell.memory = at::empty({sizeof(Hyper)}, at::TensorOptions().dtype(c10::kByte).device(device));
+    cell.memory = make_mirror(device);
     cell.written.lr = std::numeric_limits<double>::quiet_NaN();  // equals nothing
   }
   update(cell, hyper, /*now=*/true);

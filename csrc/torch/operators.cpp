@@ -53,7 +53,8 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   members.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
     members.push_back({params[i], state_steps[i], exp_avgs[i], exp_avg_sqs[i],
-                       element(amsgrad ? max_exp_avg_sqs : at::TensorList(), i), 0, /*capturable=*/false,
+                       element(amsgrad ? max_exp_avg_sqs : at::TensorList(), i), 0,
+                       /*deferred=*/params[i].is_cuda() && state_steps[i].device() == params[i].device(),
                        "params[" + std::to_string(i) + "]"});
   }
   Stepper stepper(members);

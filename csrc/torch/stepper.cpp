@@ -68,14 +68,12 @@ Stepper::Stepper(const std::vector<Member>& members) : tuning{cpu::choose_isa()}
 
 Stepper::Bucket& Stepper::bucket_of(const Member& member) {
   const c10::Device device = member.param.device();
-  const bool deferred =
-      member.capturable || (member.step.defined() && member.step.device() == device && !device.is_cpu());
   auto bucket = std::find_if(buckets_.begin(), buckets_.end(),
-                             [&](const Bucket& b) { return b.device == device && b.deferred == deferred; });
+                             [&](const Bucket& b) { return b.device == device && b.deferred == member.deferred; });
   if (bucket == buckets_.end()) {
     TORCH_CHECK(has_kernels(device.type()), member.name, " must be a strided CPU tensor in this build, but has ",
                 describe(*member.param.unsafeGetTensorImpl()));
-    buckets_.push_back({device, deferred, make_executor(device)});
+    buckets_.push_back({device, member.deferred, make_executor(device)});
     bucket = std::prev(buckets_.end());
   }
   if (bucket->groups.empty() || bucket->groups.back() != member.group) bucket->groups.push_back(member.group);
@@ -90,6 +88,7 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
   pinned_storages_.clear();
   pinned_tensors_.clear();
   std::fill(first_key_.begin(), first_key_.end(), -1);
+  const bool capturing = begin_capture(inputs);
   const bool on_host = std::any_of(buckets_.begin(), buckets_.end(), [](const Bucket& b) { return !b.deferred; });
   if (on_host && begin_on_host(inputs)) return Ready::skip;
   for (Bucket& bucket : buckets_) begin_on_device(bucket, inputs);
@@ -104,6 +103,8 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
     entry.scalars = -1;
     if (grad.defined()) {
       if (!slot.step) return Ready::needs_state;
+      TORCH_CHECK(!capturing || !bucket.device.is_cpu(), names_[i],
+                  " is on the CPU: replays of the graph that is being captured would not update it");
       if (!unchanged(slot)) {
         check(i);
         moved = true;
@@ -132,6 +133,21 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
   return Ready::run;
 }
 
+// Whether a graph is being captured on any of the devices. Comes before all else: reading a number breaks a capture.
+bool Stepper::begin_capture(const StepInputs& inputs) {
+  bool capturing = false;
+  for (Bucket& bucket : buckets_) {
+    bucket.capturing = bucket.executor->is_capturing();
+    capturing |= bucket.capturing;
+    for (const std::int32_t group : bucket.groups) {
+      TORCH_CHECK(!bucket.capturing || inputs.groups[group].capturable,
+                  "Attempting CUDA graph capture of step() for an instance of AdamW but param_groups' capturable is "
+                  "False.");
+    }
+  }
+  return capturing;
+}
+
 // Reads the numbers that the host needs for the buckets it counts for. True: the step is skipped.
 bool Stepper::begin_on_host(const StepInputs& inputs) {
   if (inputs.found_inf.defined() && read_scalar(inputs.found_inf, "found_inf") != 0.0) return true;
@@ -156,14 +172,8 @@ void Stepper::begin_on_device(Bucket& bucket, const StepInputs& inputs) {
   bucket.active = bucket.resized = false;
   bucket.step_entries.clear();
   bucket.writes_grads = bucket.deferred ? inputs.grad_scale.defined() : unscale_ != 1.0;
-  bucket.capturing = bucket.executor->is_capturing();
-  for (const std::int32_t group : bucket.groups) {
-    TORCH_CHECK(!bucket.capturing || inputs.groups[group].capturable,
-                "Attempting CUDA graph capture of step() for an instance of AdamW but param_groups' capturable is "
-                "False.");
-    if (bucket.deferred) bucket.sources[group] = source_of(group, bucket, inputs);
-  }
   if (!bucket.deferred) return;
+  for (const std::int32_t group : bucket.groups) bucket.sources[group] = source_of(group, bucket, inputs);
   bucket.scaling = {scaling_number(inputs.grad_scale, "grad_scale", bucket, /*is_flag=*/false),
                     scaling_number(inputs.found_inf, "found_inf", bucket, /*is_flag=*/true)};
 }
@@ -281,12 +291,19 @@ void Stepper::pin(at::TensorList grads) {
 void Stepper::run() {
   for (Bucket& bucket : buckets_) {
     if (!bucket.active) continue;
-    const auto entry_count = static_cast<std::int64_t>(bucket.entries.size());
-    Work work{
-        {bucket.entries.data(), entry_count, scalars_.data(), bucket.unit_count}, {}, unscale_, bucket.writes_grads};
+    Work work{};
+    work.table.entries = bucket.entries.data();
+    work.table.entry_count = static_cast<std::int64_t>(bucket.entries.size());
+    work.table.scalars = scalars_.data();
+    work.table.scalars_count = static_cast<std::int64_t>(scalars_.size());
+    work.table.unit_count = bucket.unit_count;
+    work.unscale = unscale_;
+    work.writes_grads = bucket.writes_grads;
     if (bucket.deferred) {
-      work.steps = {bucket.step_entries.data(), static_cast<std::int64_t>(bucket.step_entries.size()),
-                    bucket.sources.data(), bucket.scaling, nullptr};
+      work.steps.entries = bucket.step_entries.data();
+      work.steps.entry_count = static_cast<std::int64_t>(bucket.step_entries.size());
+      work.steps.sources = bucket.sources.data();
+      work.steps.scaling = bucket.scaling;
     }
     bucket.executor->run(work, tuning);
   }

@@ -4,7 +4,7 @@
 // and fills the tables; it changes nothing and throws if anything is wrong. `run` is the kernels alone. `finish`
 // advances the step counts and version counters. In a steady state none of them allocates.
 //
-// Where a param is capturable, or has its `step` on a CUDA device, the host reads no number of it: step counts,
+// Of a deferred param (capturable, or with its `step` on a CUDA device) the host reads no number: step counts,
 // found_inf and tensor hyperparameters are read by the kernels, so that the same kernels can be captured and replayed.
 //
 // The stepper does not keep its tensors alive, so that an optimizer reachable from a hook of its own parameters can
@@ -37,8 +37,8 @@ struct Member {
   at::Tensor exp_avg_sq;      // as exp_avg
   at::Tensor max_exp_avg_sq;  // as exp_avg; undefined unless amsgrad
   std::int32_t group = 0;
-  bool capturable = false;
-  std::string name;  // how messages call it
+  bool deferred = false;  // the kernels count its steps
+  std::string name;       // how messages call it
 };
 
 struct GroupOptions {
@@ -151,6 +151,7 @@ class Stepper {
   void check_state(std::size_t index, const Checked& state, const char* key) const;
   void check_overlap();
   static bool unchanged(const Slot& slot);
+  bool begin_capture(const StepInputs& inputs);
   bool begin_on_host(const StepInputs& inputs);
   void begin_on_device(Bucket& bucket, const StepInputs& inputs);
   HyperSource source_of(std::int32_t group, const Bucket& bucket, const StepInputs& inputs) const;
