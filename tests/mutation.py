@@ -19,7 +19,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 COPIED = ("csrc", "adamw_ext", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
-TESTS = ("tests/test_update.py", "tests/test_bits.py", "tests/test_dtypes.py", "tests/test_kernels_vectorised.py")
+TESTS = (
+    "tests/test_update.py",
+    "tests/test_bits.py",
+    "tests/test_dtypes.py",
+    "tests/test_kernels_vectorised.py",
+    "tests/test_emulation.py",
+)
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
 
@@ -136,10 +142,10 @@ FAULTS = [
         'read_scalar(inputs.found_inf, "found_inf") == 1.0',
     ),
     Fault(
-        "every group takes the first one's lr",
+        "every group takes the first one's hyperparameters",
         "csrc/torch/stepper.cpp",
-        "const GroupOptions& options = inputs.groups[slot.group];",
-        "GroupOptions options = inputs.groups[slot.group];\n      options.hyper.lr = inputs.groups[0].hyper.lr;",
+        "compute_scalars(hypers_[slot.group],",
+        "compute_scalars(hypers_[0],",
     ),
     Fault(
         "params of a group share the first one's step",
@@ -150,10 +156,58 @@ FAULTS = [
     Fault(
         "a gradient with other strides is read in memory order",
         "csrc/torch/stepper.cpp",
-        "tensor.dtype() == slot.param.dtype && slot.layout.matches(tensor) &&",
+        "tensor.dtype() == slot.param.dtype &&\n      slot.layout.matches(tensor) &&",
         "tensor.dtype() == slot.param.dtype &&",
     ),
-    Fault("the step count does not advance", "csrc/torch/stepper.cpp", "*slots_[i].steps_done += 1.0f;", ""),
+    Fault("the step count does not advance", "csrc/torch/stepper.cpp", "*slot.steps_done += 1.0f;", ";"),
+    # The capturable branch.
+    Fault(
+        "a capturable step's bias correction lags a step",
+        "csrc/core/advance.h",
+        "compute_scalars(source.read(), done + 1,",
+        "compute_scalars(source.read(), done + (done > 0 ? 0 : 1),",
+    ),
+    Fault(
+        "a capturable step ignores maximize", "csrc/core/advance.h", "source.maximize ? -unscale : unscale", "unscale"
+    ),
+    Fault(
+        "a capturable step ignores found_inf",
+        "csrc/torch/executor.cpp",
+        "if (steps.scaling.skips()) return;",
+        "",
+    ),
+    # The CUDA path, as it is emulated.
+    Fault(
+        "both ends of a run are skipped",
+        "csrc/cuda/body.h",
+        "i < before + (end - rest); i += threads",
+        "i < 0; i += threads",
+    ),
+    Fault("a pointer is taken for aligned", "csrc/cuda/body.h", "% sizeof(Vector) == 0;", "% sizeof(Vector) != 7;"),
+    Fault(
+        "an entry that fills a launch is dropped",
+        "csrc/cuda/pack.h",
+        "if (const Error error = flush()) return error;",
+        "return flush();",
+    ),
+    Fault(
+        "the scalar kernel counts a skipped step",
+        "csrc/cuda/arguments.h",
+        "if (thread >= arguments.entry_count || arguments.scaling.skips()) return;",
+        "if (thread >= arguments.entry_count) return;",
+    ),
+    Fault(
+        "the update kernel ignores found_inf",
+        "csrc/cuda/arguments.h",
+        "if (Scaling{nullptr, arguments.found_inf}.skips()) return;",
+        "",
+    ),
+    Fault(
+        "scalars of a second upload overwrite the first",
+        "csrc/cuda/pack.h",
+        "arguments.destination = destination + begin;",
+        "arguments.destination = destination;",
+    ),
 ]
 
 
