@@ -1,11 +1,13 @@
-"""The same bits on every path: instruction set, threads, chunks, alignment, one tensor or many, eager or functional.
+"""The same bits on every path: instruction set, threads, chunks, alignment, one tensor or many, eager or functional,
+capturable or not, and through the emulated CUDA kernels, which test_emulation looks at more closely.
 
 The reference path is the baseline instruction set on one thread; that its numbers are right is test_update's subject.
 """
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -39,10 +41,17 @@ class Path:
     isa: str = "baseline"
     threads: int = 1
     units_per_chunk: int = 0
+    capturable: bool = False  # the kernels, not the host, count steps and reckon scalars
+    emulated_arguments: int = 0  # the CUDA kernels, walked over on the host, with so many bytes of arguments; 0: no
 
 
 # Each level, number of threads and way to cut at least once.
-FEW_PATHS = [Path(ISA_LEVELS[i % len(ISA_LEVELS)], *rest) for i, rest in enumerate([(1, 1), (2, 0), (3, 2)])]
+FEW_PATHS = [
+    *(Path(ISA_LEVELS[i % len(ISA_LEVELS)], *rest) for i, rest in enumerate([(1, 1), (2, 0), (3, 2)])),
+    Path(units_per_chunk=2, capturable=True),
+    Path(units_per_chunk=1, emulated_arguments=4096),
+    Path(capturable=True, emulated_arguments=32764),
+]
 
 
 @functools.lru_cache
@@ -112,8 +121,8 @@ class Run:
 
     def train(self, path: Path) -> "Run":
         """Through the optimizer."""
-        if self.optimizer is None:
-            self.optimizer = make_optimizer([self])
+        if self.optimizer is None or self.optimizer.defaults["capturable"] != path.capturable:
+            self.optimizer = make_optimizer([self], capturable=path.capturable)
         train_together(self.optimizer, [self], path)
         return self
 
@@ -150,9 +159,10 @@ class Run:
             assert bool((buffer[between] == 7.0).all())
 
 
-def make_optimizer(runs: Sequence[Run]) -> adamw_ext.AdamW:
+def make_optimizer(runs: Sequence[Run], *, capturable: bool = False) -> adamw_ext.AdamW:
     """Over the tensors of all runs, one group a run."""
-    optimizer = adamw_ext.AdamW([{"params": run.params, "amsgrad": run.amsgrad} for run in runs], **HYPER)
+    groups = [{"params": run.params, "amsgrad": run.amsgrad} for run in runs]
+    optimizer = adamw_ext.AdamW(groups, capturable=capturable, **HYPER)
     for run in runs:
         for i, param in enumerate(run.params):
             optimizer.state[param] = run.state_of(i)
@@ -160,15 +170,26 @@ def make_optimizer(runs: Sequence[Run]) -> adamw_ext.AdamW:
 
 
 def train_together(optimizer: adamw_ext.AdamW, runs: Sequence[Run], path: Path) -> None:
-    with running_on(isa=path.isa, threads=path.threads):
+    with stepping_on(optimizer, path):
         for step in range(STEPS):
             for run in runs:
                 for param, grad in zip(run.params, run.grads[step], strict=True):
                     param.grad = grad
-            if optimizer._stepper is not None:  # an optimizer's first step is cut as chosen from the work
-                optimizer._stepper.units_per_chunk = path.units_per_chunk
             optimizer.step()
-    assert optimizer._stepper.isa == path.isa
+
+
+@contextmanager
+def stepping_on(optimizer: adamw_ext.AdamW, path: Path) -> Iterator[None]:
+    """Steps of an optimizer that has its state go this way, the first one too."""
+    with running_on(isa=path.isa, threads=path.threads):
+        if optimizer._stepper is None:
+            optimizer._stepper = optimizer._make_stepper([])
+        stepper = optimizer._stepper
+        stepper.units_per_chunk = path.units_per_chunk
+        stepper.emulated_arguments = path.emulated_arguments
+        yield
+        assert optimizer._stepper is stepper  # a step that makes another stepper would have gone some other way
+        assert stepper.isa == path.isa
 
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
@@ -235,7 +256,7 @@ def test_groups_of_all_dtypes_in_one_step_have_the_bits_of_a_step_each() -> None
     expected = [Run(combination, sizes, amsgrad=amsgrad).train(Path()).results for combination, amsgrad in kinds]
     for path in FEW_PATHS:
         runs = [Run(combination, sizes, amsgrad=amsgrad) for combination, amsgrad in kinds]
-        train_together(make_optimizer(runs), runs, path)
+        train_together(make_optimizer(runs, capturable=path.capturable), runs, path)
         for run, results, kind in zip(runs, expected, kinds, strict=True):
             assert_same_bits(run.results, results, (kind, path))
 

@@ -19,6 +19,28 @@ struct __attribute__((aligned(16), may_alias)) Vector {
   std::uint32_t words[4];
 };
 
+// An access of 16 bytes. On the host it promises nothing about the address: GCC 12 at -O3 executes an aligned load
+// before the test of its alignment (if-conversion after SLP vectorisation). So the host looks itself.
+ADAMW_EXT_HD ADAMW_EXT_INLINE Vector load_vector(const void* from, int index) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<const Vector*>(from)[index];
+#else
+  if (reinterpret_cast<std::uintptr_t>(from) % sizeof(Vector) != 0) __builtin_trap();
+  Vector vector;
+  std::memcpy(&vector, static_cast<const char*>(from) + index * sizeof(Vector), sizeof(Vector));
+  return vector;
+#endif
+}
+
+ADAMW_EXT_HD ADAMW_EXT_INLINE void store_vector(void* to, int index, const Vector& vector) {
+#if defined(__CUDA_ARCH__)
+  static_cast<Vector*>(to)[index] = vector;
+#else
+  if (reinterpret_cast<std::uintptr_t>(to) % sizeof(Vector) != 0) __builtin_trap();
+  std::memcpy(static_cast<char*>(to) + index * sizeof(Vector), &vector, sizeof(Vector));
+#endif
+}
+
 template <class Storage>
 struct Elements {
   Storage values[sizeof(Vector) / sizeof(Storage)];
@@ -30,7 +52,7 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void load_packet(const Storage* from, bool aligned
   if (count >= per_vector && aligned) {
     ADAMW_EXT_UNROLL
     for (int i = 0; i < count / per_vector; ++i) {
-      const auto elements = bit_cast<Elements<Storage>>(reinterpret_cast<const Vector*>(from)[i]);
+      const auto elements = bit_cast<Elements<Storage>>(load_vector(from, i));
       ADAMW_EXT_UNROLL
       for (int k = 0; k < per_vector; ++k) to[i * per_vector + k] = load(elements.values[k]);
     }
@@ -49,7 +71,7 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void store_packet(Storage* to, bool aligned, const
       Elements<Storage> elements;
       ADAMW_EXT_UNROLL
       for (int k = 0; k < per_vector; ++k) store(elements.values[k], from[i * per_vector + k]);
-      reinterpret_cast<Vector*>(to)[i] = bit_cast<Vector>(elements);
+      store_vector(to, i, bit_cast<Vector>(elements));
     }
   } else {
     ADAMW_EXT_UNROLL

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <vector>
 
 #include "../cpu/launch.h"
@@ -31,7 +32,7 @@ class CpuExecutor : public Executor {
         scalars_[entry.scalars] = advance(*entry.step, steps.sources[entry.source], steps.scaling);
       }
       table.scalars = scalars_.data();
-      unscale = steps.scaling.unscale();
+      unscale = std::fabs(steps.scaling.unscale());  // as the CUDA kernel has it, whose factor's sign is maximize's
     }
     cpu::launch(table, {tuning.isa, at::get_num_threads(), tuning.units_per_chunk, unscale});
   }

@@ -1,0 +1,240 @@
+// How tables are cut into launches: each is looked at instead of being run.
+#include <cstdio>
+
+#include "check.h"
+#include "cuda/pack.h"
+
+namespace adamw_ext::sanitized {
+namespace {
+
+constexpr cuda::Error some_error = 700;
+
+// Takes launches of a table, in order, and requires each to be what it should.
+struct Inspector {
+  const Table* table = nullptr;
+  const StepTable* steps = nullptr;
+  Scalars* destination = nullptr;
+  int fails_at = -1;  // the launch that returns an error
+
+  mutable std::int64_t entries = 0;  // of the table, in all launches so far
+  mutable std::int64_t launches = 0;
+  mutable std::int64_t bytes_of_last = 0;
+
+  cuda::Error launched(std::int64_t bytes) const {
+    bytes_of_last = bytes;
+    count("launches looked at");
+    return launches++ == fails_at ? some_error : 0;
+  }
+
+  template <class Param, class Moment, bool amsgrad, class T, int bytes>
+  cuda::Error update(const cuda::UpdateArguments<T, bytes>& arguments, std::int64_t blocks) const {
+    using Arguments = cuda::UpdateArguments<T, bytes>;
+    static_assert(sizeof(Arguments) <= bytes, "too large for a launch");
+    require(arguments.entry_count > 0 && arguments.entry_count <= Arguments::entry_capacity, "a launch's entries");
+    std::int64_t units = 0;
+    for (std::int32_t i = 0; i < arguments.entry_count; ++i, ++entries) {
+      const TensorEntry& entry = arguments.entries[i];
+      while (table->entries[entries].scalars < 0 || table->entries[entries].numel == 0) ++entries;
+      const TensorEntry& original = table->entries[entries];
+      require(entry.param == original.param && entry.numel == original.numel, "an entry, in its place");
+      require(entry.first_unit == units, "an entry's first unit");
+      units += units_of(entry.numel);
+      require(entry.scalars == original.scalars, "an entry's scalars");
+      if (arguments.device_scalars == nullptr) {
+        require(entry.scalars >= 0 && entry.scalars < cuda::scalars_by_value, "scalars by value");
+        const StepScalars<T>& expected = table->scalars[original.scalars].as(T());
+        require(arguments.scalars[entry.scalars].step_size == expected.step_size, "scalars by value");
+      }
+    }
+    require(arguments.unit_count == units, "a launch's units");
+    require(arguments.units_per_chunk > 0 && blocks * arguments.units_per_chunk >= units &&
+                (blocks - 1) * arguments.units_per_chunk < units,
+            "as many blocks as have work");
+    require(blocks < (std::int64_t(1) << 31), "a grid's blocks");
+    return launched(bytes);
+  }
+
+  template <int bytes>
+  cuda::Error advance(const cuda::AdvanceArguments<bytes>& arguments) const {
+    using Arguments = cuda::AdvanceArguments<bytes>;
+    static_assert(sizeof(Arguments) <= bytes, "too large for a launch");
+    require(arguments.entry_count > 0 && arguments.entry_count <= Arguments::entry_capacity, "a launch's steps");
+    for (std::int32_t i = 0; i < arguments.entry_count; ++i, ++entries) {
+      const StepEntry& entry = arguments.entries[i];
+      const StepEntry& original = steps->entries[entries];
+      require(entry.step == original.step && entry.scalars == original.scalars, "a step, in its place");
+      require(entry.source >= 0 && entry.source < Arguments::source_capacity, "a step's source");
+      require(arguments.sources[entry.source].values.lr == steps->sources[original.source].values.lr, "its lr");
+    }
+    return launched(bytes);
+  }
+
+  template <int bytes>
+  cuda::Error upload(const cuda::UploadArguments<bytes>& arguments) const {
+    using Arguments = cuda::UploadArguments<bytes>;
+    static_assert(sizeof(Arguments) <= bytes, "too large for a launch");
+    require(arguments.count > 0 && arguments.count <= Arguments::scalars_capacity, "an upload's scalars");
+    require(arguments.destination == destination + entries, "their place");
+    for (std::int32_t i = 0; i < arguments.count; ++i, ++entries) {
+      require(arguments.scalars[i].in_double.step_size == table->scalars[entries].in_double.step_size, "a scalar");
+    }
+    return launched(bytes);
+  }
+};
+
+// Entries that point at different addresses, none of which is touched.
+std::vector<TensorEntry> some_entries(int number, bool in_double, std::int64_t numel) {
+  static char addresses[50'000];
+  std::vector<TensorEntry> entries;
+  for (int i = 0; i < number; ++i) {
+    entries.push_back({addresses + i, nullptr, nullptr, nullptr, nullptr, numel, -1, 0,
+                       static_cast<std::uint8_t>(in_double ? 0 : 1), false});
+  }
+  return entries;
+}
+
+std::vector<Scalars> some_scalars(int number) {
+  std::vector<Scalars> scalars(number);
+  for (int i = 0; i < number; ++i) scalars[i].in_double.step_size = scalars[i].in_float.step_size = i;
+  return scalars;
+}
+
+Table table_of(const std::vector<TensorEntry>& entries, const std::vector<Scalars>& scalars) {
+  return {entries.data(), static_cast<std::int64_t>(entries.size()), scalars.data(),
+          static_cast<std::int64_t>(scalars.size()), /*unit_count=*/-1};
+}
+
+Inspector inspect(const std::vector<TensorEntry>& entries, const std::vector<Scalars>& scalars, int argument_bytes,
+                  bool device_scalars = false, int fails_at = -1) {
+  const Table table = table_of(entries, scalars);
+  Inspector inspector{&table, nullptr, nullptr, fails_at};
+  const cuda::UpdateInputs inputs{device_scalars ? scalars.data() : nullptr, nullptr, false};
+  const cuda::Error error = cuda::pack_update(table, inputs, {argument_bytes, 132}, inspector);
+  require(error == (fails_at >= 0 ? some_error : 0), "the launcher's error");
+  for (; fails_at < 0 && inspector.entries < table.entry_count; ++inspector.entries) {
+    const TensorEntry& left = entries[inspector.entries];
+    require(left.scalars < 0 || left.numel == 0, "no entry is left out");
+  }
+  return inspector;
+}
+
+std::int64_t rounded_up(std::int64_t number, std::int64_t by) { return (number + by - 1) / by; }
+
+template <class T, int bytes>
+void check_update_limits() {
+  using Arguments = cuda::UpdateArguments<T, bytes>;
+  constexpr bool in_double = std::is_same_v<T, double>;
+  constexpr int few = cuda::UpdateArguments<T, cuda::small_arguments>::entry_capacity;
+  std::printf("entries of %s %d = %d\n", in_double ? "double" : "float", bytes, Arguments::entry_capacity);
+  for (const int launches : {1, 2, 3}) {
+    for (const int more : {-1, 0, 1}) {
+      const int tensors = launches * Arguments::entry_capacity + more;
+      std::vector<TensorEntry> entries = some_entries(tensors, in_double, 1);
+      for (int i = 0; i < tensors; ++i) entries[i].scalars = i % cuda::scalars_by_value;
+      for (const bool device_scalars : {false, true}) {
+        const Inspector seen = inspect(entries, some_scalars(cuda::scalars_by_value), bytes, device_scalars);
+        const int room = tensors <= few ? few : Arguments::entry_capacity;
+        require(seen.launches == rounded_up(tensors, room), "as few launches as can be");
+        require(seen.bytes_of_last == (tensors <= few ? cuda::small_arguments : bytes), "arguments of the right size");
+      }
+    }
+  }
+}
+
+template <int bytes>
+void check_upload_limits() {
+  constexpr int most = cuda::UploadArguments<bytes>::scalars_capacity;
+  constexpr int few = cuda::UploadArguments<cuda::small_arguments>::scalars_capacity;
+  std::printf("uploaded scalars %d = %d\n", bytes, most);
+  for (const int launches : {1, 2, 3}) {
+    for (const int more : {-1, 0, 1}) {
+      const int number = launches * most + more;
+      const std::vector<Scalars> scalars = some_scalars(number);
+      std::vector<Scalars> destination(number);
+      const Table table = table_of({}, scalars);
+      Inspector inspector{&table, nullptr, destination.data()};
+      require(cuda::pack_upload(table, destination.data(), {bytes, 132}, inspector) == 0, "an error");
+      require(inspector.entries == number, "no scalar is left out");
+      require(inspector.launches == rounded_up(number, number <= few ? few : most), "as few uploads as can be");
+    }
+  }
+}
+
+template <int bytes>
+void check_advance_limits() {
+  using Arguments = cuda::AdvanceArguments<bytes>;
+  std::printf("sources %d = %d\n", bytes, Arguments::source_capacity);
+  std::printf("steps %d = %d\n", bytes, Arguments::entry_capacity);
+  constexpr int few = cuda::AdvanceArguments<cuda::small_arguments>::source_capacity;
+  std::vector<float> numbers(3 * Arguments::entry_capacity + 1);
+  std::vector<HyperSource> sources(3 * Arguments::source_capacity + 1);
+  for (std::size_t i = 0; i < sources.size(); ++i) sources[i].values.lr = i;
+  const auto launches_of = [&](int number, int steps_a_source) {
+    std::vector<StepEntry> entries;
+    for (int i = 0; i < number; ++i) entries.push_back({&numbers[i], i / steps_a_source, i});
+    const StepTable table{entries.data(), number, sources.data(), {}, nullptr};
+    Inspector inspector;
+    inspector.steps = &table;
+    require(cuda::pack_advance(table, {bytes, 132}, inspector) == 0, "an error");
+    require(inspector.entries == number, "no step is left out");
+    return inspector.launches;
+  };
+  for (const int launches : {1, 2, 3}) {
+    for (const int more : {-1, 0, 1}) {
+      const int steps = launches * Arguments::entry_capacity + more;
+      require(launches_of(steps, steps) == rounded_up(steps, Arguments::entry_capacity), "launches for all steps");
+      const int groups = launches * Arguments::source_capacity + more;
+      const int room = groups <= few ? few : Arguments::source_capacity;
+      require(launches_of(groups, 1) == rounded_up(groups, room), "launches for all groups");
+    }
+  }
+}
+
+}  // namespace
+
+void print_capacities() {
+  check_update_limits<float, cuda::small_arguments>();
+  check_update_limits<double, cuda::small_arguments>();
+  check_update_limits<float, cuda::large_arguments>();
+  check_update_limits<double, cuda::large_arguments>();
+  std::printf("scalars by value = %d\n", cuda::scalars_by_value);
+  check_upload_limits<cuda::small_arguments>();
+  check_upload_limits<cuda::large_arguments>();
+  check_advance_limits<cuda::small_arguments>();
+  check_advance_limits<cuda::large_arguments>();
+}
+
+void check_packing() {
+  // 500 tensors are one launch, for the scalars too.
+  require(inspect(some_entries(500, false, 1), some_scalars(1), cuda::large_arguments).launches == 1, "500 tensors");
+  inspect({}, {}, cuda::large_arguments);
+  inspect(some_entries(20'321, false, 1), some_scalars(1), cuda::small_arguments);
+  inspect(some_entries(20'321, false, 1), some_scalars(1), cuda::large_arguments);
+  inspect(some_entries(600, false, std::int64_t(1) << 33), some_scalars(1), cuda::large_arguments);
+
+  // Empty tensors, and those that are not part of the step, take no room, wherever they stand.
+  constexpr int room = cuda::UpdateArguments<float, cuda::large_arguments>::entry_capacity;
+  for (const int slot : {0, 1, 57, 58, 59, room - 2, room - 1, room, room + 1, room + 2}) {
+    std::vector<TensorEntry> entries = some_entries(room + 3, false, 1);
+    entries[slot].numel = 0;
+    entries[room + 2 - slot].scalars = -1;
+    require(inspect(entries, some_scalars(1), cuda::large_arguments).launches == 2, "one too many for a launch");
+    entries[5].numel = 0;
+    require(inspect(entries, some_scalars(1), cuda::large_arguments).launches == 1, "empty tensors take no room");
+  }
+
+  // More scalars than travel by value must be uploaded first.
+  const std::vector<TensorEntry> entries = some_entries(1, false, 1);
+  const std::vector<Scalars> scalars = some_scalars(cuda::scalars_by_value + 1);
+  Inspector none;
+  require(cuda::pack_update(table_of(entries, scalars), {}, {cuda::large_arguments, 132}, none) != 0, "an error");
+  require(none.launches == 0, "nothing is launched");
+
+  // An error ends the step.
+  for (const int launch : {0, 1, 2}) {
+    const Inspector seen = inspect(some_entries(2'000, true, 1), some_scalars(1), cuda::large_arguments, false, launch);
+    require(seen.launches == launch + 1, "no launch after an error");
+  }
+}
+
+}  // namespace adamw_ext::sanitized

@@ -1,0 +1,298 @@
+// The update kernel against the CPU kernel.
+#include <sys/mman.h>
+
+#include "cpu/launch.h"
+#include "cuda/arguments.h"
+#include "cuda/emulation.h"
+#include "cuda/pack.h"
+#include "tensors.h"
+
+namespace adamw_ext::sanitized {
+namespace {
+
+constexpr int float64 = 0;  // combinations
+constexpr int float32 = 1;
+
+// How a table is updated.
+struct Way {
+  int argument_bytes = cuda::large_arguments;
+  std::int64_t units_per_chunk = 0;
+  bool device_scalars = false;
+  double unscale = 1.0;
+  const float* found_inf = nullptr;
+};
+
+void update_on_cpu(std::vector<TensorEntry> entries, const std::vector<Scalars>& scalars, const Way& way) {
+  if (way.found_inf != nullptr && *way.found_inf != 0.0f) return;
+  for (TensorEntry& entry : entries) {
+    if (entry.scalars < 0) entry.numel = 0;
+  }
+  const auto entry_count = static_cast<std::int64_t>(entries.size());
+  const std::int64_t unit_count = lay_out_units(entries.data(), entry_count);
+  cpu::launch({entries.data(), entry_count, scalars.data(), static_cast<std::int64_t>(scalars.size()), unit_count},
+              {cpu::Isa::baseline, 1, 0, way.unscale});
+}
+
+void update_emulated(std::vector<TensorEntry> entries, const std::vector<Scalars>& scalars, const Way& way) {
+  for (TensorEntry& entry : entries) {
+    if (fault == Fault::short_memory) ++entry.numel;
+    if (fault == Fault::misaligned_memory) entry.grad = static_cast<char*>(entry.grad) + 1;
+  }
+  Table table{entries.data(), static_cast<std::int64_t>(entries.size()), scalars.data(),
+              static_cast<std::int64_t>(scalars.size()), /*unit_count=*/-1};
+  const cuda::Limits limits{way.argument_bytes, 132, way.units_per_chunk};
+  cuda::UpdateInputs inputs{nullptr, way.found_inf, way.unscale != 1.0};
+  std::vector<Scalars> device_scalars;
+  if (way.device_scalars || scalars.size() > cuda::scalars_by_value) {
+    device_scalars.resize(scalars.size());
+    require(cuda::emulate_upload(table, device_scalars.data(), limits) == 0, "an error");
+    inputs.device_scalars = device_scalars.data();
+    table.scalars = nullptr;
+  }
+  require(cuda::emulate_update(table, inputs, limits) == 0, "an error");
+  if (fault == Fault::another_bit && !entries.empty()) static_cast<unsigned char*>(entries[0].exp_avg)[0] ^= 1;
+}
+
+// Updates equal tensors both ways.
+void compare(const std::string& kind, const std::vector<Shape>& shapes, const std::vector<Scalars>& scalars,
+             const Way& way, Random& random) {
+  const Tensors expected(shapes, random);
+  const Tensors actual = expected;
+  update_on_cpu(expected.entries(), scalars, way);
+  update_emulated(actual.entries(), scalars, way);
+  actual.require_same(expected, kind);
+  count(kind);
+}
+
+std::vector<Scalars> any_scalars(std::size_t number, double unscale, Random& random) {
+  std::vector<Scalars> scalars(number);
+  for (Scalars& each : scalars) {
+    each = compute_scalars(any_hyper(random), 1 + below(random, 5), below(random, 4) == 0 ? -unscale : unscale);
+  }
+  return scalars;
+}
+
+Way any_way(Random& random) {
+  return {one_of(random, std::vector{cuda::small_arguments, cuda::large_arguments}),
+          one_of(random, std::vector{0, 1, 2, 3, 7, 64, 1000}), below(random, 2) == 0,
+          one_of(random, std::vector{1.0, 1.0, 0.37}), nullptr};
+}
+
+void compare_any_way(const std::string& kind, const std::vector<Shape>& shapes, Random& random) {
+  const Way way = any_way(random);
+  compare(kind, shapes, any_scalars(1, way.unscale, random), way, random);
+}
+
+Shape any_shape(Random& random, std::int32_t scalars_count) {
+  const std::int64_t around_units = 64 * (1 + below(random, 9)) + below(random, 7) - 3;
+  const std::int64_t numel =
+      one_of(random, std::vector{std::int64_t(0), below(random, 20), below(random, 130), around_units});
+  Shape shape{static_cast<int>(below(random, combination_count)), below(random, 2) == 0, numel};
+  shape.scalars = below(random, 10) == 0 ? -1 : static_cast<std::int32_t>(below(random, scalars_count));
+  for (int& offset : shape.offsets) offset = below(random, 3) == 0 ? 0 : static_cast<int>(below(random, 16));
+  return shape;
+}
+
+void check_random_tables(Random& random) {
+  for (int round = 0; round < 150; ++round) {
+    const auto scalars_count = static_cast<std::int32_t>(1 + below(random, 25));
+    std::vector<Shape> shapes;
+    for (std::int64_t i = below(random, 40); i > 0; --i) shapes.push_back(any_shape(random, scalars_count));
+    const Way way = any_way(random);
+    compare("random tables", shapes, any_scalars(scalars_count, way.unscale, random), way, random);
+  }
+}
+
+void check_found_inf(Random& random) {
+  for (const float value : {0.0f, -0.0f, 1.0f, 2.0f, -1.0f, 1e-45f, INFINITY, -INFINITY, NAN}) {
+    Memory flag(DType::float32, 1, 4);
+    flag.set(0, value);
+    Way way = any_way(random);
+    way.found_inf = static_cast<const float*>(flag.data());
+    way.unscale = 0.125;
+    std::vector<Shape> shapes;
+    for (int i = 0; i < 10; ++i) shapes.push_back(any_shape(random, 1));
+    compare("values of found_inf", shapes, any_scalars(1, way.unscale, random), way, random);
+  }
+}
+
+// Every length up to three packets, with each pointer misaligned alone, all others, and all together, by every number
+// of elements; for float32, each pointer independently of the others.
+void check_alignments(Random& random) {
+  for (int combination = 0; combination < combination_count; ++combination) {
+    const int lanes = static_cast<int>(16 / std::min(size_of(dtypes[combination][0]), size_of(dtypes[combination][1])));
+    for (int length = 1; length < 3 * lanes; ++length) {
+      std::vector<Shape> shapes;
+      for (int offset = 0; offset < lanes; ++offset) {
+        const Shape together{combination, true, length, 0, {offset, offset, offset, offset, offset}};
+        shapes.push_back(together);
+        for (int pointer = 0; pointer < pointer_count; ++pointer) {
+          Shape alone{combination, pointer == 4, length};
+          alone.offsets[pointer] = offset;
+          shapes.push_back(alone);
+          Shape others = together;
+          others.offsets[pointer] = 0;
+          shapes.push_back(others);
+        }
+      }
+      compare_any_way("lengths at every alignment", shapes, random);
+    }
+  }
+  for (const bool amsgrad : {false, true}) {
+    std::vector<Shape> shapes;
+    for (int i = 0; i < (amsgrad ? 1024 : 256); ++i) {
+      const int length = 1 + (i * 7 + i / 16) % 17;
+      shapes.push_back({float32, amsgrad, length, 0, {i % 4, i / 4 % 4, i / 16 % 4, i / 64 % 4, i / 256}});
+    }
+    compare_any_way("combinations of alignments", shapes, random);
+  }
+}
+
+void check_tails(Random& random) {
+  for (int combination = 0; combination < combination_count; ++combination) {
+    for (const int offset : {0, 1}) {
+      std::vector<Shape> shapes;
+      for (int length = 0; length < 200; ++length) {
+        shapes.push_back({combination, length % 2 == 0, length, 0, {offset, offset, offset, offset, offset}});
+      }
+      compare_any_way("tails of every length", shapes, random);
+    }
+  }
+}
+
+// On either side of every limit of a launch, and with an empty tensor in the slots there.
+template <class T, int bytes>
+void check_boundaries(Random& random) {
+  constexpr int entries = cuda::UpdateArguments<T, bytes>::entry_capacity;
+  constexpr int combination = std::is_same_v<T, double> ? float64 : float32;
+  Way way = any_way(random);
+  way.argument_bytes = bytes;
+  for (const int tensors : {entries - 1, entries, entries + 1, 2 * entries + 1}) {
+    const std::vector<Shape> shapes(tensors, {combination, false, 1});
+    compare("numbers of tensors", shapes, any_scalars(1, way.unscale, random), way, random);
+  }
+  for (const int slot : {0, entries - 1}) {
+    std::vector<Shape> shapes(entries + 2, {combination, false, 1});
+    shapes[slot].numel = shapes[entries + 1 - slot].numel = 0;
+    compare("slots of empty tensors", shapes, any_scalars(1, way.unscale, random), way, random);
+  }
+}
+
+void check_no_tensors(Random& random) {
+  compare_any_way("no tensors", {}, random);
+  compare_any_way("no tensors", std::vector<Shape>(70, {float32, false, 0}), random);
+  compare_any_way("no tensors", std::vector<Shape>(70, {float32, false, 5, -1}), random);
+}
+
+// As many different scalars as travel by value, or in one upload, or in two, and one more or less.
+template <int bytes>
+void check_scalars(Random& random) {
+  constexpr int uploaded = cuda::UploadArguments<bytes>::scalars_capacity;
+  for (const int limit : {cuda::scalars_by_value, uploaded, 2 * uploaded}) {
+    for (const int scalars_count : {limit - 1, limit, limit + 1}) {
+      std::vector<Shape> shapes;
+      for (int i = 0; i < std::max(scalars_count, 100); ++i) {
+        shapes.push_back({i % 2 == 0 ? float64 : float32, false, 1 + i % 3, i % scalars_count});
+      }
+      const Way way{bytes};
+      compare("numbers of scalars", shapes, any_scalars(scalars_count, way.unscale, random), way, random);
+    }
+  }
+}
+
+// A tensor of bfloat16 in memory that is there only where it is touched.
+class Sparse {
+ public:
+  explicit Sparse(std::int64_t numel) : bytes_(numel * sizeof(bfloat16)) {
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    require(memory_ != MAP_FAILED, "address space for a huge tensor");
+  }
+  Sparse(const Sparse&) = delete;
+  Sparse& operator=(const Sparse&) = delete;
+  ~Sparse() { munmap(memory_, bytes_); }
+
+  bfloat16* data() const { return static_cast<bfloat16*>(memory_); }
+
+ private:
+  std::size_t bytes_;
+  void* memory_;
+};
+
+}  // namespace
+
+void check_updates() {
+  Random random(0);
+  check_random_tables(random);
+  check_found_inf(random);
+  check_alignments(random);
+  check_tails(random);
+  check_boundaries<float, cuda::small_arguments>(random);
+  check_boundaries<double, cuda::small_arguments>(random);
+  check_boundaries<float, cuda::large_arguments>(random);
+  check_no_tensors(random);
+  check_scalars<cuda::small_arguments>(random);
+  check_scalars<cuda::large_arguments>(random);
+}
+
+// The chunks around element 2**31 and the last one of a tensor of 2**32 + 1 elements: 64-bit counts throughout. Each is
+// what the CPU kernel makes of the same elements as a tensor of their own.
+void check_huge_tensor() {
+  Random random(1);
+  constexpr std::int64_t numel = (std::int64_t(1) << 32) + 1;
+  constexpr std::int64_t units_per_chunk = 64;
+  constexpr std::int64_t chunk_numel = units_per_chunk * elements_per_unit;
+  const Sparse memory[4] = {Sparse(numel), Sparse(numel), Sparse(numel), Sparse(numel)};
+  const std::vector<Scalars> scalars = any_scalars(1, 1.0, random);
+
+  cuda::UpdateArguments<float, cuda::small_arguments> arguments{};
+  arguments.entries[0] = {memory[0].data(),
+                          memory[1].data(),
+                          memory[2].data(),
+                          memory[3].data(),
+                          nullptr,
+                          numel,
+                          0,
+                          0,
+                          static_cast<std::uint8_t>(find_combination(DType::bfloat16, DType::bfloat16)),
+                          false};
+  arguments.entry_count = 1;
+  arguments.unit_count = lay_out_units(arguments.entries, 1);
+  arguments.units_per_chunk = units_per_chunk;
+  arguments.scalars[0] = scalars[0].in_float;
+
+  for (const std::int64_t begin : {std::int64_t(0), (std::int64_t(1) << 31) - chunk_numel, std::int64_t(1) << 31,
+                                   (std::int64_t(1) << 32) - chunk_numel, std::int64_t(1) << 32}) {
+    const std::int64_t end = std::min(begin + chunk_numel, numel);
+    std::vector<std::vector<bfloat16>> expected(4, std::vector<bfloat16>(end - begin));
+    for (int pointer = 0; pointer < 4; ++pointer) {
+      for (std::int64_t i = 0; i < end - begin; ++i) {
+        const double number = any_number(random);
+        store(expected[pointer][i], static_cast<float>(pointer == 3 ? number * number : number));
+        memory[pointer].data()[begin + i] = expected[pointer][i];
+      }
+    }
+    const TensorEntry alone{expected[0].data(),
+                            expected[1].data(),
+                            expected[2].data(),
+                            expected[3].data(),
+                            nullptr,
+                            end - begin,
+                            0,
+                            0,
+                            arguments.entries[0].combination,
+                            false};
+    update_on_cpu({alone}, scalars, {});
+    for (int thread = 0; thread < cuda::threads_per_block; ++thread) {
+      cuda::update_chunk<bfloat16, bfloat16, false>(arguments, begin / chunk_numel, thread, cuda::threads_per_block);
+    }
+    for (int pointer = 0; pointer < 4; ++pointer) {
+      for (std::int64_t i = 0; i < end - begin; ++i) {
+        const float a = load(memory[pointer].data()[begin + i]), e = load(expected[pointer][i]);
+        require(bit_cast<std::uint32_t>(a) == bit_cast<std::uint32_t>(e) || (a != a && e != e), "a huge tensor");
+      }
+    }
+    count("chunks of a huge tensor");
+  }
+}
+
+}  // namespace adamw_ext::sanitized
