@@ -112,7 +112,8 @@ def cuda_architectures() -> str:
         return ""
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
         versions = re.findall(r"sm_(\d+)(\d)\b", torch._C._cuda_getArchFlags())
-        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(f"{major}.{minor}" for major, minor in versions) + "+PTX"
+        takes_large_arguments = [f"{major}.{minor}" for major, minor in versions if int(major) >= 7]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(takes_large_arguments) + "+PTX"
     flags = cpp_extension._get_cuda_arch_flags()
     return " ".join(flag.rpartition("code=")[2] for flag in flags)
 

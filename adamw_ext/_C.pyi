@@ -37,6 +37,9 @@ class Stepper:
     ) -> bool:
         """Update every param that has a gradient. False: nothing was done, because a new stepper is needed."""
     @property
+    def started(self) -> bool:
+        """Whether the latest step got as far as changing something."""
+    @property
     def isa(self) -> str: ...
 
 def isa_levels() -> list[str]: ...

@@ -135,7 +135,8 @@ class AdamW(torch.optim.AdamW):
 
         A captured step reads them in device memory, which this writes, in the order of the current stream: call it
         after a change, before the next replay. Tensor hyperparameters need no call; change them in place. Whatever is
-        not captured reads all hyperparameters itself.
+        not captured reads all hyperparameters itself. There is one number for each group: steps captured with different
+        floats replay with the same.
 
         Raises:
             ValueError, TypeError: a hyperparameter is not usable; those of groups before it have been handed over.
@@ -179,6 +180,8 @@ class AdamW(torch.optim.AdamW):
         try:
             return self._stepper.step(self.param_groups, self.state, grad_scale, found_inf)
         except (RuntimeError, ValueError, TypeError, KeyError):
+            if self._stepper.started:
+                raise  # a launch has failed, after others: nothing may be done twice
             return False  # a new stepper either takes the change (params moved to another dtype) or raises the same
 
     def _step_anew(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -211,9 +214,9 @@ class AdamW(torch.optim.AdamW):
                     raise TypeError(f"state of {name} must be a dict, but is {state!r}")
                 if capturing and param.is_cuda and param.grad is not None:
                     check_ready_for_capture(param, state, group, name)
-                if state:
+                if state and not (capturing and param.grad is None):
                     conform_state(param, state, group)
-                elif param.grad is not None:
+                elif not state and param.grad is not None:
                     created.append(param)
                     state = self.state[param] = new_state(param, group)
                 members.append((param, state or None, index, name))
@@ -251,7 +254,7 @@ class AdamW(torch.optim.AdamW):
         for current, loaded in zip(self.param_groups, groups, strict=True):
             if "lr" in loaded:
                 loaded["lr"] = refill(current["lr"], loaded["lr"])
-            if "betas" in loaded and any(isinstance(beta, Tensor) for beta in current["betas"]):
+            if "betas" in loaded and any(isinstance(beta, Tensor) for beta in (*current["betas"], *loaded["betas"])):
                 loaded["betas"] = tuple(map(refill, current["betas"], loaded["betas"]))
         for owner, items in state.items():
             if owner in loads:
@@ -266,8 +269,10 @@ class AdamW(torch.optim.AdamW):
 
 
 def refill(current: float | Tensor, loaded: float | Tensor) -> float | Tensor:
-    """The loaded number; in the tensor that holds the present one, if one does."""
-    return current.fill_(float(loaded)) if isinstance(current, Tensor) else loaded
+    """The loaded number, as the present one is held: in the same tensor, or as a float."""
+    if isinstance(current, Tensor):
+        return current.fill_(float(loaded))
+    return float(loaded) if isinstance(loaded, Tensor) else loaded
 
 
 def check_flags(group: dict[str, Any], index: int) -> None:

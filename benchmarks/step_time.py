@@ -24,7 +24,6 @@ from benchmarks.device import check_device, device_facts
 from benchmarks.kernels import kernels_of
 from benchmarks.measure import import_seconds
 from benchmarks.peers import DEEPSPEED, OURS, peers_on
-from benchmarks.picture import draw
 from benchmarks.report import markdown, peers_table, workload_summary
 from benchmarks.targets import judge
 from benchmarks.workloads import workloads_on
@@ -109,6 +108,8 @@ def main() -> None:
     if args.device == "cuda":
         add_kernels(result)
         finish(result, path)
+    from benchmarks.picture import draw  # last, when all is written: a GPU machine may lack matplotlib
+
     draw(result, path.with_suffix(".png"))
     print(f"\n{markdown(result).split('##')[0]}written: {path.name}.json, .md and .png in {out}")
     if "failures" in result:

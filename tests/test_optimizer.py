@@ -1003,3 +1003,39 @@ def test_equal_runs_give_equal_bits():
     assert_same_bits(first, second)
     assert_same_bits(first, single)
     assert not torch.equal(first[0], make_params(torch.float32, shapes=[(100_000,)])[0])
+
+
+def test_an_error_in_the_middle_of_a_step_does_not_make_it_happen_twice():
+    """A launch can fail after others have changed params. Trying again would apply these twice, and silently."""
+
+    class FailsInTheMiddle:
+        started = True
+
+        def __init__(self, stepper):
+            self.stepper = stepper
+
+        def step(self, *arguments):
+            assert self.stepper.step(*arguments)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = AdamW([param], lr=0.1)
+    optimizer.step()
+    assert optimizer._stepper.started
+    optimizer._stepper = FailsInTheMiddle(optimizer._stepper)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        optimizer.step()
+    assert optimizer.state[param]["step"].item() == 2
+
+
+def test_a_refused_step_has_not_started():
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = AdamW([param], lr=0.1)
+    optimizer.step()
+    stepper = optimizer._stepper
+    optimizer.state[param]["exp_avg"].resize_(2)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert not stepper.started

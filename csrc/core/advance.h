@@ -76,8 +76,8 @@ struct StepTable {
   Scalars* scalars;
 };
 
-// Counts the update and returns its scalars. A step that is no count (negative, NaN) counts as none made, and shows as
-// numbers that are not finite.
+// Counts the update and returns its scalars. A step that is no count (negative, NaN) shows as numbers that are not
+// finite.
 ADAMW_EXT_HD inline Scalars advance(float& step, const HyperSource& source, const Scaling& scaling) {
   constexpr float largest_count = 9007199254740992.0f;  // 2**53
   const std::int64_t done = step >= 0.0f && step < largest_count ? static_cast<std::int64_t>(step) : -1;

@@ -23,27 +23,42 @@ __global__ void __launch_bounds__(threads_per_block) upload_kernel(const __grid_
   upload_scalars(arguments, blockIdx.x * threads_per_block + threadIdx.x);
 }
 
-__global__ void write_kernel(Hyper* mirror, const __grid_constant__ Hyper hyper) { *mirror = hyper; }
+struct WriteArguments {
+  Hyper* mirror;
+  Hyper hyper;
+};
+
+__global__ void __launch_bounds__(threads_per_block) write_kernel(const __grid_constant__ WriteArguments arguments) {
+  if (threadIdx.x == 0) *arguments.mirror = arguments.hyper;
+}
+
+// A launch's own status: cudaGetLastError would also answer for what others have left behind.
+template <class Arguments>
+Error launch(void (*kernel)(Arguments), const Arguments& arguments, std::int64_t blocks, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads_per_block);
+  config.stream = stream;
+  void* pointers[] = {const_cast<Arguments*>(&arguments)};
+  return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
+}
 
 struct StreamLauncher {
   cudaStream_t stream;
 
   template <class Param, class Moment, bool amsgrad, class Arguments>
   Error update(const Arguments& arguments, std::int64_t blocks) const {
-    update_kernel<Param, Moment, amsgrad><<<static_cast<unsigned>(blocks), threads_per_block, 0, stream>>>(arguments);
-    return cudaGetLastError();
+    return launch(update_kernel<Param, Moment, amsgrad, Arguments>, arguments, blocks, stream);
   }
 
   template <class Arguments>
   Error advance(const Arguments& arguments) const {
-    advance_kernel<<<blocks_for(arguments.entry_count), threads_per_block, 0, stream>>>(arguments);
-    return cudaGetLastError();
+    return launch(advance_kernel<Arguments>, arguments, blocks_for(arguments.entry_count), stream);
   }
 
   template <class Arguments>
   Error upload(const Arguments& arguments) const {
-    upload_kernel<<<blocks_for(arguments.count), threads_per_block, 0, stream>>>(arguments);
-    return cudaGetLastError();
+    return launch(upload_kernel<Arguments>, arguments, blocks_for(arguments.count), stream);
   }
 };
 
@@ -70,8 +85,7 @@ Error launch_update(const Table& table, const UpdateInputs& inputs, const Limits
 }
 
 Error launch_write(Hyper* mirror, const Hyper& hyper, void* stream) noexcept {
-  write_kernel<<<1, 1, 0, static_cast<cudaStream_t>(stream)>>>(mirror, hyper);
-  return cudaGetLastError();
+  return launch(write_kernel, WriteArguments{mirror, hyper}, 1, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace adamw_ext::cuda

@@ -189,6 +189,7 @@ class PythonStepper {
 
   // False: the containers have changed, or a param needs state, so a new stepper must be made.
   bool step(const py::list& param_groups, const py::dict& state, py::handle grad_scale, py::handle found_inf) {
+    started_ = false;
     if (!watch_.matches(param_groups.ptr(), state.ptr())) return false;
     bool ran_python = false;
     for (const std::size_t i : used_groups_) {
@@ -206,6 +207,7 @@ class PythonStepper {
     const Stepper::Ready ready = stepper_.prepare({groups_, {}, scale, found, mirror_.get()});
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
+    started_ = true;
     if (stepper_.is_long()) {
       const py::gil_scoped_release unlocked;
       stepper_.run();
@@ -218,6 +220,9 @@ class PythonStepper {
 
   Tuning& tuning() { return stepper_.tuning; }
 
+  // Whether the latest step() got as far as changing something. An error after that must not lead to another try.
+  bool started() const { return started_; }
+
  private:
   std::vector<Flags> flags_;  // of all param groups, as when the stepper was made
   Stepper stepper_;
@@ -225,13 +230,15 @@ class PythonStepper {
   Watch watch_;
   std::vector<GroupOptions> groups_;  // of all param groups; those without a member here are never read
   std::vector<std::size_t> used_groups_;
+  bool started_ = false;
 };
 
 void sync_mirror(HyperMirror& mirror, const py::list& param_groups) {
   mirror.sync([&](std::int32_t group) {
     const auto index = static_cast<std::size_t>(group);
     if (index >= param_groups.size()) throw py::index_error("a captured step has more param groups than there are");
-    const Hyper hyper = GroupReader(param_groups[index], index).read().hyper;
+    const GroupOptions options = GroupReader(param_groups[index], index).read();
+    const Hyper hyper = read_on_host(options);
     check_hyper(hyper, group);
     return hyper;
   });
@@ -260,6 +267,7 @@ PYBIND11_MODULE(_C, module) {
       .def("step", &PythonStepper::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"),
            py::arg("found_inf"))
       .def_property_readonly("isa", [](PythonStepper& self) { return cpu::isa_name(self.tuning().isa); })
+      .def_property_readonly("started", &PythonStepper::started)
       .def_property(
           "units_per_chunk", [](PythonStepper& self) { return self.tuning().units_per_chunk; },
           [](PythonStepper& self, std::int64_t units) { self.tuning().units_per_chunk = units; })

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -19,6 +20,8 @@ class CpuExecutor : public Executor {
  public:
   bool is_capturing() const override { return false; }
 
+  void reserve(std::size_t count) override { scalars_.resize(std::max(scalars_.size(), count)); }
+
   void run(const Work& work, const Tuning& tuning) override {
     Table table = work.table;
     StepTable steps = work.steps;
@@ -26,7 +29,6 @@ class CpuExecutor : public Executor {
     if (tuning.emulated_arguments > 0) return emulate(table, steps, work.writes_grads, tuning);
     if (steps.entry_count > 0) {
       if (steps.scaling.skips()) return;
-      scalars_.resize(table.entry_count);
       for (std::int64_t i = 0; i < steps.entry_count; ++i) {
         const StepEntry& entry = steps.entries[i];
         scalars_[entry.scalars] = advance(*entry.step, steps.sources[entry.source], steps.scaling);
@@ -43,13 +45,11 @@ class CpuExecutor : public Executor {
     const cuda::Limits limits{tuning.emulated_arguments, multiprocessors, tuning.units_per_chunk};
     cuda::UpdateInputs inputs{nullptr, nullptr, writes_grads};
     if (steps.entry_count > 0) {
-      scalars_.resize(table.entry_count);
       steps.scalars = scalars_.data();
       cuda::emulate_advance(steps, limits);
       inputs.device_scalars = steps.scalars;
       inputs.found_inf = steps.scaling.found_inf;
     } else if (table.scalars_count > cuda::scalars_by_value) {
-      scalars_.resize(table.scalars_count);
       cuda::emulate_upload(table, scalars_.data(), limits);
       inputs.device_scalars = scalars_.data();
     }

@@ -39,6 +39,9 @@ class Executor {
   // Whether the calls to run() are recorded into a graph at present.
   virtual bool is_capturing() const = 0;
 
+  // Sees to it that run() need not allocate, for a table of at most as many entries and scalars.
+  virtual void reserve(std::size_t count) = 0;
+
   // Waits for nothing on a GPU: the work goes to the device's current stream.
   virtual void run(const Work& work, const Tuning& tuning) = 0;
 };

@@ -1,6 +1,7 @@
 // The CUDA executor: streams, guards and scratch memory are torch's, everything else is below in cuda/.
 #ifdef ADAMW_EXT_WITH_CUDA
 #include <ATen/ops/empty.h>
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -24,10 +25,13 @@ struct Capture {
   unsigned long long graph = 0;  // 0: not captured
 
   static Capture current(c10::Device device) {
+    const c10::cuda::CUDAGuard guard(device);  // the default stream's handle means another one on every device
     Capture capture;
     capture.stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     C10_CUDA_CHECK(cudaStreamGetCaptureInfo(capture.stream, &status, &capture.graph));
+    TORCH_CHECK(status != cudaStreamCaptureStatusInvalidated, "the capture on the current stream of ", device,
+                " has failed before this step");
     if (status == cudaStreamCaptureStatusNone) capture.graph = 0;
     return capture;
   }
@@ -35,22 +39,29 @@ struct Capture {
   bool operator==(const Capture& other) const { return stream == other.stream && graph == other.graph; }
 };
 
-// One stream for each device that nothing else uses, so that it is never captured. torch's own streams may be.
-cudaStream_t aside_stream(c10::Device device) {
-  static std::mutex mutex;
-  static std::map<c10::DeviceIndex, cudaStream_t> streams;
-  const std::lock_guard<std::mutex> lock(mutex);
-  cudaStream_t& stream = streams[device.index()];
-  if (stream == nullptr) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-  return stream;
-}
+// What each device has aside: a stream that nothing else uses, so that it is never captured (torch's own streams may
+// be), and an event after the latest write from another stream.
+struct AsideOfDevice {
+  cudaStream_t stream = nullptr;
+  cudaEvent_t written = nullptr;
+
+  static AsideOfDevice& of(c10::Device device) {
+    static std::mutex mutex;
+    static std::map<c10::DeviceIndex, AsideOfDevice> all;
+    const std::lock_guard<std::mutex> lock(mutex);
+    AsideOfDevice& aside = all[device.index()];
+    if (aside.stream == nullptr) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&aside.stream, cudaStreamNonBlocking));
+    if (aside.written == nullptr) C10_CUDA_CHECK(cudaEventCreateWithFlags(&aside.written, cudaEventDisableTiming));
+    return aside;
+  }
+};
 
 // In this scope the current stream is the one aside, and what a capture in the same thread forbids is allowed.
 struct Aside {
   explicit Aside(c10::Device device)
       : relaxed(cudaStreamCaptureModeRelaxed),
         device_guard(device),
-        stream(aside_stream(device)),
+        stream(AsideOfDevice::of(device).stream),
         stream_guard(c10::cuda::getStreamFromExternal(stream, device.index())) {}
 
   c10::cuda::CUDAStreamCaptureModeGuard relaxed;
@@ -65,37 +76,37 @@ class CudaExecutor : public Executor {
 
   bool is_capturing() const override { return Capture::current(device_).graph != 0; }
 
-  void run(const Work& work, const Tuning& tuning) override {
+  // Memory between two kernels. It belongs to one stream, so that torch's allocator, which orders reuse by stream, can
+  // have it back at any time; and what a graph uses comes from this graph's own memory and lives as long as that.
+  void reserve(std::size_t count) override {
     const c10::cuda::CUDAGuard guard(device_);
     const Capture capture = Capture::current(device_);
+    const std::int64_t bytes = static_cast<std::int64_t>(count * sizeof(Scalars));
+    if (scratch_.defined() && scratch_.numel() >= bytes && capture == scratch_of_) return;
+    scratch_ = at::empty({bytes}, at::TensorOptions().dtype(c10::kByte).device(device_));
+    scratch_of_ = capture;
+  }
+
+  void run(const Work& work, const Tuning& tuning) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
+    auto* const scratch = static_cast<Scalars*>(scratch_.mutable_data_ptr());
     limits_.units_per_chunk = tuning.units_per_chunk;
     cuda::UpdateInputs inputs{nullptr, nullptr, work.writes_grads};
     if (work.steps.entry_count > 0) {
       StepTable steps = work.steps;
-      steps.scalars = scalars(work.table.entry_count, capture);
-      check(cuda::launch_advance(steps, limits_, capture.stream));
-      inputs.device_scalars = steps.scalars;
+      steps.scalars = scratch;
+      check(cuda::launch_advance(steps, limits_, stream));
+      inputs.device_scalars = scratch;
       inputs.found_inf = steps.scaling.found_inf;
     } else if (work.table.scalars_count > cuda::scalars_by_value) {
-      Scalars* const uploaded = scalars(work.table.scalars_count, capture);
-      check(cuda::launch_upload(work.table, uploaded, limits_, capture.stream));
-      inputs.device_scalars = uploaded;
+      check(cuda::launch_upload(work.table, scratch, limits_, stream));
+      inputs.device_scalars = scratch;
     }
-    check(cuda::launch_update(work.table, inputs, limits_, capture.stream));
+    check(cuda::launch_update(work.table, inputs, limits_, stream));
   }
 
  private:
-  // Memory between two kernels. It belongs to one stream, so that torch's allocator, which orders reuse by stream,
-  // can have it back at any time; and what a graph uses comes from this graph's own memory and lives as long as that.
-  Scalars* scalars(std::int64_t count, const Capture& capture) {
-    const std::int64_t bytes = count * static_cast<std::int64_t>(sizeof(Scalars));
-    if (!scratch_.defined() || scratch_.numel() < bytes || !(capture == scratch_of_)) {
-      scratch_ = at::empty({bytes}, at::TensorOptions().dtype(c10::kByte).device(device_));
-      scratch_of_ = capture;
-    }
-    return static_cast<Scalars*>(scratch_.mutable_data_ptr());
-  }
-
   c10::Device device_;
   cuda::Limits limits_{};
   at::Tensor scratch_;
@@ -117,19 +128,23 @@ at::Tensor make_mirror(c10::Device device) {
 }
 
 void write_mirror(const at::Tensor& mirror, const Hyper& hyper, bool now) {
+  const c10::Device device = mirror.device();
   auto* const memory = static_cast<Hyper*>(mirror.mutable_data_ptr());
   if (now) {
-    const Aside aside(mirror.device());
+    const Aside aside(device);
+    C10_CUDA_CHECK(cudaStreamWaitEvent(aside.stream, AsideOfDevice::of(device).written));
     check(cuda::launch_write(memory, hyper, aside.stream));
     C10_CUDA_CHECK(cudaStreamSynchronize(aside.stream));
     return;
   }
-  const c10::cuda::CUDAGuard guard(mirror.device());
-  const Capture capture = Capture::current(mirror.device());
-  TORCH_CHECK(capture.graph == 0,
+  const c10::cuda::CUDAGuard guard(device);
+  TORCH_CHECK(Capture::current(device).graph == 0,
               "sync_hyperparameters() was called while a graph is captured, which would write the same numbers at "
               "every replay: call it between replays");
-  check(cuda::launch_write(memory, hyper, capture.stream));
+  const c10::cuda::CUDAStream stream = c10::cuda::getCurrentCUDAStream(device.index());
+  check(cuda::launch_write(memory, hyper, stream.stream()));
+  C10_CUDA_CHECK(cudaEventRecord(AsideOfDevice::of(device).written, stream.stream()));
+  c10::cuda::CUDACachingAllocator::recordStream(mirror.storage().data_ptr(), stream);
 }
 
 }  // namespace adamw_ext

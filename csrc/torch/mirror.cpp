@@ -20,11 +20,13 @@ void HyperMirror::update(Cell& cell, const Hyper& hyper, bool now) {
 }
 
 const Hyper* HyperMirror::hold(c10::Device device, std::int32_t group, const Hyper& hyper) {
-  Cell& cell = cells_[{device.index(), group}];
-  if (!cell.memory.defined()) {
-    cell.memory = make_mirror(device);
-    cell.written.lr = std::numeric_limits<double>::quiet_NaN();  // equals nothing
+  const std::pair<c10::DeviceIndex, std::int32_t> place{device.index(), group};
+  if (cells_.count(place) == 0) {
+    Hyper nothing{};
+    nothing.lr = std::numeric_limits<double>::quiet_NaN();  // equals no number
+    cells_[place] = {make_mirror(device), nothing};
   }
+  Cell& cell = cells_.at(place);
   update(cell, hyper, /*now=*/true);
   return static_cast<const Hyper*>(cell.memory.const_data_ptr());
 }

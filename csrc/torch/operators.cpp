@@ -47,7 +47,7 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   set_lr(groups[0], lr);
   groups[0].amsgrad = amsgrad;
   groups[0].maximize = maximize;
-  groups[0].capturable = state_steps[0].device() == params[0].device();
+  groups[0].capturable = true;
   check_hyper(groups[0].hyper, -1);
   std::vector<Member> members;
   members.reserve(count);
@@ -56,6 +56,7 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                        element(amsgrad ? max_exp_avg_sqs : at::TensorList(), i), 0,
                        /*deferred=*/params[i].is_cuda() && state_steps[i].device() == params[i].device(),
                        "params[" + std::to_string(i) + "]"});
+    groups[0].capturable = groups[0].capturable && members.back().deferred;
   }
   Stepper stepper(members);
   const at::Tensor undefined;

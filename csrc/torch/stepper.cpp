@@ -20,6 +20,14 @@ double read_scalar(const at::Tensor& tensor, const char* name) {
 
 }  // namespace
 
+Hyper read_on_host(const GroupOptions& options) {
+  Hyper hyper = options.hyper;
+  if (options.lr.defined()) hyper.lr = read_scalar(options.lr, "lr");
+  if (options.beta1.defined()) hyper.beta1 = read_scalar(options.beta1, "beta1");
+  if (options.beta2.defined()) hyper.beta2 = read_scalar(options.beta2, "beta2");
+  return hyper;
+}
+
 void check_hyper(const Hyper& hyper, std::int64_t group) {
   const auto check = [&](bool usable, const char* what, double value) {
     TORCH_CHECK_VALUE(usable, "Invalid ", what, ": ", value, group < 0 ? "" : " in param group ",
@@ -89,11 +97,9 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
   pinned_tensors_.clear();
   std::fill(first_key_.begin(), first_key_.end(), -1);
   const bool capturing = begin_capture(inputs);
-  const bool on_host = std::any_of(buckets_.begin(), buckets_.end(), [](const Bucket& b) { return !b.deferred; });
-  if (on_host && begin_on_host(inputs)) return Ready::skip;
   for (Bucket& bucket : buckets_) begin_on_device(bucket, inputs);
 
-  bool moved = false;
+  bool moved = false, begun_on_host = false;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
     Bucket& bucket = *slot.bucket;
@@ -103,8 +109,12 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
     entry.scalars = -1;
     if (grad.defined()) {
       if (!slot.step) return Ready::needs_state;
-      TORCH_CHECK(!capturing || !bucket.device.is_cpu(), names_[i],
-                  " is on the CPU: replays of the graph that is being captured would not update it");
+      TORCH_CHECK(!capturing || bucket.capturing, names_[i], " is on ", bucket.device,
+                  ", which is not part of the graph that is being captured: replays would not update it");
+      if (!bucket.deferred && !begun_on_host) {
+        begun_on_host = true;
+        if (begin_on_host(inputs)) return Ready::skip;
+      }
       if (!unchanged(slot)) {
         check(i);
         moved = true;
@@ -128,6 +138,9 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
     if (!bucket.resized) continue;
     bucket.unit_count = lay_out_units(bucket.entries.data(), static_cast<std::int64_t>(bucket.entries.size()));
   }
+  for (Bucket& bucket : buckets_) {
+    if (bucket.active) bucket.executor->reserve(std::max(bucket.entries.size(), scalars_.size()));
+  }
   // Operators are called without the interpreter lock, so whatever their length other threads may run.
   if (is_long() || !inputs.grads.empty()) pin(inputs.grads);
   return Ready::run;
@@ -148,21 +161,19 @@ bool Stepper::begin_capture(const StepInputs& inputs) {
   return capturing;
 }
 
-// Reads the numbers that the host needs for the buckets it counts for. True: the step is skipped.
+// Reads the numbers that the host needs for the buckets it counts for, once it is known that one of their params has a
+// gradient. True: the step is skipped.
 bool Stepper::begin_on_host(const StepInputs& inputs) {
   if (inputs.found_inf.defined() && read_scalar(inputs.found_inf, "found_inf") != 0.0) return true;
   const double scale = inputs.grad_scale.defined() ? read_scalar(inputs.grad_scale, "grad_scale") : 1.0;
   TORCH_CHECK_VALUE(scale > 0.0 && std::isfinite(scale), "grad_scale must be positive and finite, but is ", scale);
   unscale_ = 1.0 / scale;
-  for (const Bucket& bucket : buckets_) {
+  for (Bucket& bucket : buckets_) {
     if (bucket.deferred) continue;
+    bucket.writes_grads = unscale_ != 1.0;
     for (const std::int32_t group : bucket.groups) {
-      const GroupOptions& options = inputs.groups[group];
-      Hyper& hyper = hypers_[group] = options.hyper;
-      if (options.lr.defined()) hyper.lr = read_scalar(options.lr, "lr");
-      if (options.beta1.defined()) hyper.beta1 = read_scalar(options.beta1, "beta1");
-      if (options.beta2.defined()) hyper.beta2 = read_scalar(options.beta2, "beta2");
-      check_hyper(hyper, group);
+      hypers_[group] = read_on_host(inputs.groups[group]);
+      check_hyper(hypers_[group], group);
     }
   }
   return false;
@@ -171,8 +182,8 @@ bool Stepper::begin_on_host(const StepInputs& inputs) {
 void Stepper::begin_on_device(Bucket& bucket, const StepInputs& inputs) {
   bucket.active = bucket.resized = false;
   bucket.step_entries.clear();
-  bucket.writes_grads = bucket.deferred ? inputs.grad_scale.defined() : unscale_ != 1.0;
   if (!bucket.deferred) return;
+  bucket.writes_grads = inputs.grad_scale.defined();
   for (const std::int32_t group : bucket.groups) bucket.sources[group] = source_of(group, bucket, inputs);
   bucket.scaling = {scaling_number(inputs.grad_scale, "grad_scale", bucket, /*is_flag=*/false),
                     scaling_number(inputs.found_inf, "found_inf", bucket, /*is_flag=*/true)};
@@ -188,7 +199,7 @@ HyperSource Stepper::source_of(std::int32_t group, const Bucket& bucket, const S
     if (!tensor.defined()) return;
     const auto dtype = storage_dtype(tensor.scalar_type());
     TORCH_CHECK(holds_number(tensor), name, " must hold 1 element, but has ", describe(*tensor.unsafeGetTensorImpl()));
-    if (tensor.device() == bucket.device && dtype) {
+    if (tensor.device() == bucket.device && dtype && is_plain(*tensor.unsafeGetTensorImpl())) {
       pointer = {const_data(*tensor.unsafeGetTensorImpl()), *dtype};
       return;
     }

@@ -178,6 +178,9 @@ class Stepper {
   double unscale_ = 1.0;
 };
 
+// The group's numbers, also those that lie on a device: waits for it.
+Hyper read_on_host(const GroupOptions& options);
+
 // Throws torch's ValueErrors unless every hyperparameter is usable. group: for the message, -1 for none.
 void check_hyper(const Hyper& hyper, std::int64_t group);
 
