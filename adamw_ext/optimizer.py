@@ -24,6 +24,8 @@ from adamw_ext.torch_path import find_problem, step_group
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
 _IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
 
+MOMENT_DTYPES = (None, torch.float32, torch.bfloat16)
+
 
 class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101), all parameters in one multi-tensor kernel.
@@ -37,7 +39,8 @@ class AdamW(torch.optim.AdamW):
 
     Args:
         params: tensors, (name, tensor) pairs, or group dicts. float64, float32, bfloat16, float16, or complex;
-            any strides. Gradients have the param's shape, dtype and device.
+            any strides. Gradients have the param's shape and device; those of float32, bfloat16 and float16 params may
+            be of any of these dtypes.
         lr: learning rate, a float or a 1-element tensor (read at every step; a capturable step of CUDA params leaves
             a CUDA tensor on the device, and so does its replay).
         betas: decay rates of the two moments, in [0, 1); floats or 1-element tensors.
@@ -50,6 +53,9 @@ class AdamW(torch.optim.AdamW):
             in a CUDA graph and replayed; see :meth:`init_state` and :meth:`sync_hyperparameters`.
         differentiable: let autograd record the step (torch's implementation).
         fused: also makes the optimizer apply ``GradScaler``'s scale itself (``_step_supports_amp_scaling``).
+        moment_dtype: of new and of loaded moments, torch.float32 or torch.bfloat16; None: as the param's, and as
+            loaded. Each element is rounded to nearest at every step, so that bfloat16 moments stick where a step
+            changes them by less than half a unit in the last place.
 
     Raises:
         ValueError, TypeError, RuntimeError: as torch.optim.AdamW for the same mistakes. ``step`` raises before it
@@ -57,6 +63,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     _stepper: _C.Stepper | None = None
+    _moment_dtype: torch.dtype | None = None
     _elsewhere: list[tuple[int, list[Tensor]]] = []  # noqa: RUF012  (group index, params) that torch updates
 
     def __init__(
@@ -73,7 +80,9 @@ class AdamW(torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        moment_dtype: torch.dtype | None = None,
     ) -> None:
+        self._moment_dtype = moment_dtype
         self._stepping = RLock()  # threads that step one optimizer take turns
         self._mirror = _C.HyperMirror()
         super().__init__(
@@ -89,6 +98,18 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        if moment_dtype is not None:
+            self.defaults["moment_dtype"] = moment_dtype
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of params, as torch's method. ``moment_dtype`` may be given for each group."""
+        if self._moment_dtype is not None:
+            param_group.setdefault("moment_dtype", self._moment_dtype)
+        if param_group.get("moment_dtype") not in MOMENT_DTYPES:
+            raise ValueError(
+                f"moment_dtype must be torch.float32, torch.bfloat16 or None, but is {param_group['moment_dtype']!r}"
+            )
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every param that has a gradient, all or none.
@@ -171,6 +192,7 @@ class AdamW(torch.optim.AdamW):
         if "_stepping" not in self.__dict__:
             self._stepping = RLock()
             self._mirror = _C.HyperMirror()
+        self._moment_dtype = self.defaults.get("moment_dtype")
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
 
@@ -243,6 +265,8 @@ class AdamW(torch.optim.AdamW):
         for current, loaded in zip(self.param_groups, groups, strict=True):
             for flag in _IMPLEMENTATION_FLAGS:
                 loaded[flag] = current[flag]
+            if "moment_dtype" in current or "moment_dtype" in loaded:
+                loaded["moment_dtype"] = current.get("moment_dtype")
         state: dict[Any, Any] = incoming["state"]
         live = storage_addresses(self.state.values())
         loads = {}

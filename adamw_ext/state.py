@@ -1,7 +1,7 @@
 """The state of one parameter: how it is created, brought into shape, and loaded.
 
 Per parameter: ``step`` (0-d float32, how many updates were made; on the param's device if capturable or fused, else on
-the CPU), ``exp_avg`` and ``exp_avg_sq`` (as the param; float32 is also taken for a bfloat16 or float16 param), and with
+the CPU), ``exp_avg`` and ``exp_avg_sq`` (as the param, or of the group's ``moment_dtype``), and with
 amsgrad ``max_exp_avg_sq`` (as ``exp_avg``). The keys are torch.optim.AdamW's, so state dicts go both ways.
 """
 
@@ -17,6 +17,7 @@ from adamw_ext import _C
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 _KERNEL_DEVICES = ("cpu", "cuda") if _C.cuda_kernels else ("cpu",)
+_COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64, torch.float16: torch.complex32}
 _COMBINATIONS = {(getattr(torch, param), getattr(torch, moments)) for param, moments in _C.combinations()}
 
 
@@ -33,14 +34,31 @@ def runs_in_kernel(param: Tensor) -> bool:
 
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """Zeros, in the param's own memory layout."""
-    state = {
-        "step": torch.zeros((), dtype=torch.float32, device=_step_device(param, group)),
-        "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False),
-        "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False),
+    dtype = wanted_moment_dtype(param, group) or param.dtype
+    keys = MOMENTS if group["amsgrad"] else MOMENTS[:2]
+    moments = {
+        key: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        for key in keys
     }
-    if group["amsgrad"]:
-        state["max_exp_avg_sq"] = torch.zeros_like(param, memory_format=torch.preserve_format, requires_grad=False)
-    return state
+    return {"step": torch.zeros((), dtype=torch.float32, device=_step_device(param, group)), **moments}
+
+
+def wanted_moment_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
+    """What ``moment_dtype`` says for this param, None where it says nothing.
+
+    Raises:
+        ValueError: no kernel updates such a param with such moments.
+    """
+    wanted = group.get("moment_dtype")
+    if wanted is None:
+        return None
+    dtype = _COMPLEX.get(wanted) if param.is_complex() else wanted
+    if dtype == param.dtype or (runs_in_kernel(param) and (param.dtype, dtype) in _COMBINATIONS):
+        return dtype
+    raise ValueError(
+        f"moment_dtype={wanted} has no kernel for a {param.dtype} param on {param.device} "
+        f"of type {torch.typename(param)}"
+    )
 
 
 def misfits(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list[str]:
@@ -113,6 +131,7 @@ class StateLoad:
         self._param = param
         self._existing = existing
         self._device = _step_device(param, group)
+        self._moment_dtype = wanted_moment_dtype(param, group)
         self._loaded = {key: value.tensor if isinstance(value, Carried) else value for key, value in loaded.items()}
         if self._loaded and not _is_step(self._loaded.get("step"), param):
             found = _describe(self._loaded.get("step", "missing"))
@@ -137,7 +156,7 @@ class StateLoad:
         if key == "step":
             return _into(existing, _new_step(value, self._device))
         if key in MOMENTS:
-            dtype = _moment_dtype(self._param, value)
+            dtype = self._moment_dtype or _kept_moment_dtype(self._param, value)
             if isinstance(existing, Tensor) and existing.dtype == dtype and existing.shape == value.shape:
                 return existing.copy_(value)
             return _laid_out_copy(value, self._param, dtype)
@@ -202,7 +221,7 @@ def _new_step(value: Any, device: torch.device) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float32, device=device)
 
 
-def _moment_dtype(param: Tensor, loaded: Tensor) -> torch.dtype:
+def _kept_moment_dtype(param: Tensor, loaded: Tensor) -> torch.dtype:
     """The loaded dtype where a kernel takes it, else torch's rule: the param's."""
     keeps = runs_in_kernel(param) and (param.dtype, loaded.dtype) in _COMBINATIONS
     return loaded.dtype if keeps else param.dtype

@@ -99,20 +99,40 @@ def assert_vector_loop(function: Function, level: str, operation: str, dtype: st
     assert not scalar, f"the vector loop of {function.name} takes elements apart: {scalar}"
 
 
+def grad_types(param: str) -> list[str]:
+    """The gradients that a param has a loop for: its own type, and the one that the arithmetic runs in."""
+    return sorted({param, "float64" if param == "float64" else "float32"})
+
+
+LOOPS = [(param, grad, moment) for param, moment in COMBINATIONS for grad in grad_types(param)]
+
+
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-@pytest.mark.parametrize(("param", "moment"), COMBINATIONS)
+@pytest.mark.parametrize(("param", "grad", "moment"), LOOPS)
 @pytest.mark.parametrize("level", LEVELS)
-def test_the_update_loop_is_vector_code_of_its_levels_width(level: str, param: str, moment: str, amsgrad: bool) -> None:
+def test_the_update_loop_is_vector_code_of_its_levels_width(
+    level: str, param: str, grad: str, moment: str, amsgrad: bool
+) -> None:
     """Square roots and divisions are the last that a compiler vectorises: where they are packed, all is."""
-    update = kernel(level, f"update_elements<{CPP_TYPES[param]}, {CPP_TYPES[moment]}, {str(amsgrad).lower()}>")
+    types = ", ".join(CPP_TYPES[dtype] for dtype in (param, grad, moment))
+    update = kernel(level, f"update_elements<{types}, {str(amsgrad).lower()}>")
     for operation in ("sqrt", "div"):
         assert_vector_loop(update, level, operation, param)
 
 
-@pytest.mark.parametrize("dtype", sorted({param for param, _ in COMBINATIONS}))
+@pytest.mark.parametrize("dtype", CPP_TYPES)
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_unscale_loop_is_vector_code_of_its_levels_width(level: str, dtype: str) -> None:
     assert_vector_loop(kernel(level, f"unscale_elements<{CPP_TYPES[dtype]}>"), level, "mul", dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_widen_loop_is_vector_code_of_its_levels_width(level: str, dtype: str) -> None:
+    """A shift makes a bfloat16 a float; a float16 takes the float unit, too."""
+    widen = kernel(level, f"widen_elements<{CPP_TYPES[dtype]}>")
+    mnemonic = ("" if level == "baseline" else "v") + "pslld"
+    assert widen.innermost_loop_with(mnemonic, LEVELS[level])
 
 
 # What each level may not contain, as the mnemonic and the operands. The run-time choice asks the processor for no more
@@ -153,7 +173,7 @@ def test_no_code_needs_more_than_its_level(level: str) -> None:
 
 @pytest.mark.parametrize(("level", "wider"), [("baseline", "avx2"), ("avx2", "avx512")])
 def test_the_next_levels_code_would_have_been_noticed(level: str, wider: str) -> None:
-    assert beyond(level, kernel(wider, "update_elements<float, float, false>"))
+    assert beyond(level, kernel(wider, "update_elements<float, float, float, false>"))
 
 
 def test_nothing_is_multiplied_and_added_in_one_rounding() -> None:

@@ -114,17 +114,31 @@ using adamw_ext::float16;
 
 enum class DType : std::uint8_t { float64, float32, bfloat16, float16 };
 
-// Every supported combination, as X(index, type of param and grad, type of both moments). Instantiations, checks and
+// Every storage type, in the order of DType.
+#define ADAMW_EXT_FOR_EACH_DTYPE(X) X(float64) X(float32) X(bfloat16) X(float16)
+
+constexpr int dtype_count = 4;
+
+ADAMW_EXT_HD constexpr int size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Every supported combination, as X(index, type of the param, type of both moments). Instantiations, checks and
 // messages are made from this list and nowhere else.
 #define ADAMW_EXT_FOR_EACH_COMBINATION(X) \
   X(0, float64, float64)                  \
   X(1, float32, float32)                  \
-  X(2, bfloat16, bfloat16)                \
-  X(3, bfloat16, float32)                 \
-  X(4, float16, float16)                  \
-  X(5, float16, float32)
+  X(2, float32, bfloat16)                 \
+  X(3, bfloat16, bfloat16)                \
+  X(4, bfloat16, float32)                 \
+  X(5, float16, float16)                  \
+  X(6, float16, float32)                  \
+  X(7, float16, bfloat16)
 
-constexpr int combination_count = 6;
+constexpr int combination_count = 8;
+
+// Which gradients a param may have: a float64 one float64, all others any of the shorter types.
+constexpr bool takes_grad(DType param, DType grad) { return (param == DType::float64) == (grad == DType::float64); }
 
 // The index of a combination in the list, or -1.
 inline int find_combination(DType param, DType moments) {

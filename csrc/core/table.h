@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "dtypes.h"
 #include "hyper.h"
 #include "portable.h"
 
@@ -26,6 +27,7 @@ struct TensorEntry {
   std::int64_t first_unit;  // units of all entries before this one
   std::int32_t scalars;     // index into Table::scalars; -1: not part of this step
   std::uint8_t combination;
+  DType grad_dtype;
   bool amsgrad;
 };
 

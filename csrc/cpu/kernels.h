@@ -22,9 +22,14 @@ using UpdateKernel = void (*)(const TensorEntry& entry, const Scalars& scalars, 
 // Multiplies elements [begin, end) of one entry's gradient by `factor`, in place.
 using UnscaleKernel = void (*)(const TensorEntry& entry, double factor, std::int64_t begin, std::int64_t end);
 
+// Widens elements [begin, end) of one entry's 16-bit gradient to float, into wide[0] and on.
+using WidenKernel = void (*)(const TensorEntry& entry, float* wide, std::int64_t begin, std::int64_t end);
+
 struct KernelSet {
-  UpdateKernel update[combination_count][2];  // by combination and amsgrad
-  UnscaleKernel unscale[combination_count];
+  UpdateKernel update[combination_count][2];       // by combination and amsgrad; gradients of the param's type
+  UpdateKernel update_wide[combination_count][2];  // gradients of the type that the arithmetic runs in
+  UnscaleKernel unscale[dtype_count];              // by the gradient's type
+  WidenKernel widen[dtype_count];                  // null for types that need none
 };
 
 namespace baseline {

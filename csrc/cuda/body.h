@@ -14,47 +14,68 @@
 
 namespace adamw_ext::cuda {
 
-// What a thread moves at once.
-struct __attribute__((aligned(16), may_alias)) Vector {
+// What a thread moves at once: 16 bytes, or 8 where a packet of a short type has no more.
+constexpr int vector_bytes = 16;
+
+template <int bytes>
+struct __attribute__((aligned(bytes), may_alias)) Vector {
+  std::uint16_t halves[bytes / 2];
+};
+template <>
+struct __attribute__((aligned(8), may_alias)) Vector<8> {
+  std::uint32_t words[2];
+};
+template <>
+struct __attribute__((aligned(16), may_alias)) Vector<16> {
   std::uint32_t words[4];
 };
 
-// An access of 16 bytes. On the host it promises nothing about the address: GCC 12 at -O3 executes an aligned load
+// An access of so many bytes. On the host it promises nothing about the address: GCC 12 at -O3 executes an aligned load
 // before the test of its alignment (if-conversion after SLP vectorisation). So the host looks itself.
-ADAMW_EXT_HD ADAMW_EXT_INLINE Vector load_vector(const void* from, int index) {
+template <int bytes>
+ADAMW_EXT_HD ADAMW_EXT_INLINE Vector<bytes> load_vector(const void* from, int index) {
 #if defined(__CUDA_ARCH__)
-  return static_cast<const Vector*>(from)[index];
+  return static_cast<const Vector<bytes>*>(from)[index];
 #else
-  if (reinterpret_cast<std::uintptr_t>(from) % sizeof(Vector) != 0) __builtin_trap();
-  Vector vector;
-  std::memcpy(&vector, static_cast<const char*>(from) + index * sizeof(Vector), sizeof(Vector));
+  if (reinterpret_cast<std::uintptr_t>(from) % bytes != 0) __builtin_trap();
+  Vector<bytes> vector;
+  std::memcpy(&vector, static_cast<const char*>(from) + index * bytes, bytes);
   return vector;
 #endif
 }
 
-ADAMW_EXT_HD ADAMW_EXT_INLINE void store_vector(void* to, int index, const Vector& vector) {
+template <int bytes>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void store_vector(void* to, int index, const Vector<bytes>& vector) {
 #if defined(__CUDA_ARCH__)
-  static_cast<Vector*>(to)[index] = vector;
+  static_cast<Vector<bytes>*>(to)[index] = vector;
 #else
-  if (reinterpret_cast<std::uintptr_t>(to) % sizeof(Vector) != 0) __builtin_trap();
-  std::memcpy(static_cast<char*>(to) + index * sizeof(Vector), &vector, sizeof(Vector));
+  if (reinterpret_cast<std::uintptr_t>(to) % bytes != 0) __builtin_trap();
+  std::memcpy(static_cast<char*>(to) + index * bytes, &vector, bytes);
 #endif
 }
 
-template <class Storage>
-struct Elements {
-  Storage values[sizeof(Vector) / sizeof(Storage)];
+// How a packet of `count` elements is cut into vectors.
+template <class Storage, int count>
+struct Cut {
+  static constexpr int bytes = count * static_cast<int>(sizeof(Storage));
+  static constexpr int vector = bytes < vector_bytes ? bytes : vector_bytes;
+  static constexpr int per_vector = vector / static_cast<int>(sizeof(Storage));
+  static constexpr int vectors = bytes / vector;
+
+  struct Elements {
+    Storage values[per_vector];
+  };
 };
 
 template <int count, class Storage, class T>
 ADAMW_EXT_HD ADAMW_EXT_INLINE void load_packet(const Storage* from, bool aligned, T (&to)[count]) {
-  constexpr int per_vector = sizeof(Vector) / sizeof(Storage);
-  if (count >= per_vector && aligned) {
+  using C = Cut<Storage, count>;
+  if (count > 1 && aligned) {
     ADAMW_EXT_UNROLL
-    for (int i = 0; i < count / per_vector; ++i) {
-      const auto elements = bit_cast<Elements<Storage>>(load_vector(from, i));
+    for (int i = 0; i < C::vectors; ++i) {
+      const auto elements = bit_cast<typename C::Elements>(load_vector<C::vector>(from, i));
       ADAMW_EXT_UNROLL
-      for (int k = 0; k < per_vector; ++k) to[i * per_vector + k] = load(elements.values[k]);
+      for (int k = 0; k < C::per_vector; ++k) to[i * C::per_vector + k] = load(elements.values[k]);
     }
   } else {
     ADAMW_EXT_UNROLL
@@ -64,14 +85,14 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void load_packet(const Storage* from, bool aligned
 
 template <int count, class Storage, class T>
 ADAMW_EXT_HD ADAMW_EXT_INLINE void store_packet(Storage* to, bool aligned, const T (&from)[count]) {
-  constexpr int per_vector = sizeof(Vector) / sizeof(Storage);
-  if (count >= per_vector && aligned) {
+  using C = Cut<Storage, count>;
+  if (count > 1 && aligned) {
     ADAMW_EXT_UNROLL
-    for (int i = 0; i < count / per_vector; ++i) {
-      Elements<Storage> elements;
+    for (int i = 0; i < C::vectors; ++i) {
+      typename C::Elements elements;
       ADAMW_EXT_UNROLL
-      for (int k = 0; k < per_vector; ++k) store(elements.values[k], from[i * per_vector + k]);
-      store_vector(to, i, bit_cast<Vector>(elements));
+      for (int k = 0; k < C::per_vector; ++k) store(elements.values[k], from[i * C::per_vector + k]);
+      store_vector<C::vector>(to, i, bit_cast<Vector<C::vector>>(elements));
     }
   } else {
     ADAMW_EXT_UNROLL
@@ -89,9 +110,9 @@ struct Alignment {
 template <class Param, class Moment, bool amsgrad>
 ADAMW_EXT_HD ADAMW_EXT_INLINE Alignment alignment_at(const TensorEntry& entry, std::int64_t element) {
   const auto aligned = [&](const void* pointer, std::size_t size) {
-    return (reinterpret_cast<std::uintptr_t>(pointer) + element * size) % sizeof(Vector) == 0;
+    return (reinterpret_cast<std::uintptr_t>(pointer) + element * size) % vector_bytes == 0;
   };
-  return {aligned(entry.param, sizeof(Param)), aligned(entry.grad, sizeof(Param)),
+  return {aligned(entry.param, sizeof(Param)), aligned(entry.grad, size_of(entry.grad_dtype)),
           aligned(entry.exp_avg, sizeof(Moment)), aligned(entry.exp_avg_sq, sizeof(Moment)),
           amsgrad && aligned(entry.max_exp_avg_sq, sizeof(Moment))};
 }
@@ -112,6 +133,20 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE int choose_head(const TensorEntry& entry) {
   return best;
 }
 
+// Calls visit with the gradient's pointer at element `index`, as a pointer to what it points to.
+template <class Param, class Visit>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void visit_grad(const TensorEntry& entry, std::int64_t index, const Visit& visit) {
+  if constexpr (sizeof(Param) == sizeof(double)) {
+    visit(static_cast<double*>(entry.grad) + index);
+  } else if (entry.grad_dtype == DType::float32) {
+    visit(static_cast<float*>(entry.grad) + index);
+  } else if (entry.grad_dtype == DType::bfloat16) {
+    visit(static_cast<bfloat16*>(entry.grad) + index);
+  } else {
+    visit(static_cast<float16*>(entry.grad) + index);
+  }
+}
+
 template <class T>
 struct UpdateOptions {
   const StepScalars<T>& scalars;
@@ -123,13 +158,12 @@ template <class Param, class Moment, bool amsgrad, int lanes, class T>
 ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const TensorEntry& entry, std::int64_t index, Alignment aligned,
                                                  const UpdateOptions<T>& options) {
   Param* const param = static_cast<Param*>(entry.param) + index;
-  Param* const grad = static_cast<Param*>(entry.grad) + index;
   Moment* const exp_avg = static_cast<Moment*>(entry.exp_avg) + index;
   Moment* const exp_avg_sq = static_cast<Moment*>(entry.exp_avg_sq) + index;
   Moment* const max_exp_avg_sq = amsgrad ? static_cast<Moment*>(entry.max_exp_avg_sq) + index : nullptr;
 
   T p[lanes], g[lanes], m[lanes], v[lanes], v_max[lanes] = {};
-  load_packet(grad, aligned.grad, g);
+  visit_grad<Param>(entry, index, [&](const auto* grad) { load_packet(grad, aligned.grad, g); });
   load_packet(param, aligned.param, p);
   load_packet(exp_avg, aligned.exp_avg, m);
   load_packet(exp_avg_sq, aligned.exp_avg_sq, v);
@@ -151,7 +185,7 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const TensorEntry& entry, std::
   if (options.writes_grads) {
     ADAMW_EXT_UNROLL
     for (int lane = 0; lane < lanes; ++lane) g[lane] *= std::fabs(s.grad_factor);
-    store_packet(grad, aligned.grad, g);
+    visit_grad<Param>(entry, index, [&](auto* grad) { store_packet(grad, aligned.grad, g); });
   }
 }
 
@@ -159,7 +193,7 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const TensorEntry& entry, std::
 template <class Param, class Moment, bool amsgrad, class T>
 ADAMW_EXT_HD ADAMW_EXT_INLINE void update_segment(const TensorEntry& entry, std::int64_t begin, std::int64_t end,
                                                   int thread, int threads, const UpdateOptions<T>& options) {
-  constexpr int lanes = sizeof(Vector) / (sizeof(Param) < sizeof(Moment) ? sizeof(Param) : sizeof(Moment));
+  constexpr int lanes = vector_bytes / (sizeof(Param) < sizeof(Moment) ? sizeof(Param) : sizeof(Moment));
   const int head = choose_head<Param, Moment, amsgrad, lanes>(entry);
   const Alignment aligned = alignment_at<Param, Moment, amsgrad>(entry, head);
   const std::int64_t first = begin + head < end ? begin + head : end;

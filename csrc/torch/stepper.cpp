@@ -235,8 +235,9 @@ const at::Tensor& Stepper::grad_of(std::size_t index, at::TensorList grads) cons
 void* Stepper::prepare_grad(std::size_t index, const at::Tensor& grad, bool write_back) {
   const Slot& slot = slots_[index];
   const c10::TensorImpl& tensor = *grad.unsafeGetTensorImpl();
-  if (is_plain(tensor) && tensor.device() == slot.bucket->device && tensor.dtype() == slot.param.dtype &&
-      slot.layout.matches(tensor) && run_within_storage(tensor)) {
+  if (tensor.dtype() != slot.grad_dtype) check_grad_dtype(index, tensor);
+  if (is_plain(tensor) && tensor.device() == slot.bucket->device && slot.layout.matches(tensor) &&
+      run_within_storage(tensor)) {
     return write_back ? mutable_data(tensor) : const_cast<void*>(const_data(tensor));
   }
   const c10::TensorImpl& param = *slot.param.tensor;
@@ -244,8 +245,8 @@ void* Stepper::prepare_grad(std::size_t index, const at::Tensor& grad, bool writ
   TORCH_CHECK(tensor.layout() == c10::kStrided,
               "Adam does not support sparse gradients, please consider SparseAdam instead: the gradient of ", name,
               " has ", describe(tensor));
-  TORCH_CHECK(tensor.sizes() == param.sizes() && tensor.dtype() == param.dtype() && tensor.device() == param.device(),
-              "the gradient of ", name, " must have ", describe(param), ", but has ", describe(tensor));
+  TORCH_CHECK(tensor.sizes() == param.sizes() && tensor.device() == param.device(), "the gradient of ", name,
+              " must have ", describe(param), ", but has ", describe(tensor));
   if (tensor.has_storage()) check_within_storage(tensor, "the gradient of " + name);
   TORCH_CHECK(
       !write_back || !may_overlap_itself(tensor), "the gradient of ", name,

@@ -121,6 +121,7 @@ class Stepper {
     std::int32_t group = 0;
     std::int32_t position = 0;  // in the bucket
     Bucket* bucket = nullptr;
+    caffe2::TypeMeta grad_dtype;  // of the gradient that was last checked
     float* steps_done = nullptr;
 
     TensorEntry& entry() const { return bucket->entries[position]; }
@@ -156,6 +157,7 @@ class Stepper {
   void begin_on_device(Bucket& bucket, const StepInputs& inputs);
   HyperSource source_of(std::int32_t group, const Bucket& bucket, const StepInputs& inputs) const;
   const float* scaling_number(const at::Tensor& tensor, const char* name, const Bucket& bucket, bool is_flag);
+  void check_grad_dtype(std::size_t index, const c10::TensorImpl& grad);
   void* prepare_grad(std::size_t index, const at::Tensor& grad, bool write_back);
   std::int32_t scalars_for(std::size_t index, const GroupOptions& options);
   void check_step(std::size_t index) const;

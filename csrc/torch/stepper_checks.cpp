@@ -59,6 +59,7 @@ void Stepper::check(std::size_t index) {
               " cannot have state of dtype ", dtype_name(slot.exp_avg.tensor->dtype().toScalarType()));
 
   slot.for_each([](Checked& checked) { checked.look(); });
+  slot.grad_dtype = {};
   slot.numel = param.numel() * (c10::isComplexType(param.dtype().toScalarType()) ? 2 : 1);
   slot.steps_done = static_cast<float*>(mutable_data(step));
   TensorEntry& entry = slot.entry();
@@ -104,6 +105,18 @@ bool Stepper::unchanged(const Slot& slot) {
   return slot.param.unchanged(slot.param_layout) && slot.step.unchanged(scalar) &&
          slot.exp_avg.unchanged(slot.layout) && slot.exp_avg_sq.unchanged(slot.layout) &&
          (!slot.max_exp_avg_sq || slot.max_exp_avg_sq.unchanged(slot.layout));
+}
+
+// Lets the entry have gradients of this dtype, or throws.
+void Stepper::check_grad_dtype(std::size_t index, const c10::TensorImpl& grad) {
+  Slot& slot = slots_[index];
+  const c10::ScalarType param_type = slot.param.tensor->dtype().toScalarType(), type = grad.dtype().toScalarType();
+  const auto param_dtype = storage_dtype(param_type), dtype = storage_dtype(type);
+  TORCH_CHECK(dtype && takes_grad(*param_dtype, *dtype) && c10::isComplexType(type) == c10::isComplexType(param_type),
+              "the gradient of ", names_[index], " must have ", describe(*slot.param.tensor), ", but has ",
+              describe(grad));
+  slot.grad_dtype = grad.dtype();
+  slot.entry().grad_dtype = *dtype;
 }
 
 void Stepper::check_step(std::size_t index) const {
