@@ -103,12 +103,14 @@ class AdamW(torch.optim.AdamW):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of params, as torch's method. ``moment_dtype`` may be given for each group."""
-        if self._moment_dtype is not None:
-            param_group.setdefault("moment_dtype", self._moment_dtype)
-        if param_group.get("moment_dtype") not in MOMENT_DTYPES:
-            raise ValueError(
-                f"moment_dtype must be torch.float32, torch.bfloat16 or None, but is {param_group['moment_dtype']!r}"
-            )
+        if isinstance(param_group, dict):  # torch's method refuses all else
+            if self._moment_dtype is not None:
+                param_group.setdefault("moment_dtype", self._moment_dtype)
+            if param_group.get("moment_dtype") not in MOMENT_DTYPES:
+                raise ValueError(
+                    "moment_dtype must be torch.float32, torch.bfloat16 or None, "
+                    f"but is {param_group['moment_dtype']!r}"
+                )
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -183,7 +183,7 @@ FAULTS = [
         "i < before + (end - rest); i += threads",
         "i < 0; i += threads",
     ),
-    Fault("a pointer is taken for aligned", "csrc/cuda/body.h", "% sizeof(Vector) == 0;", "% sizeof(Vector) != 7;"),
+    Fault("a pointer is taken for aligned", "csrc/cuda/body.h", "% vector_bytes == 0;", "% vector_bytes != 17;"),
     Fault(
         "an entry that fills a launch is dropped",
         "csrc/cuda/pack.h",

@@ -71,10 +71,6 @@ auto visit_storage(DType dtype, const Visit& visit) {
   }
 }
 
-inline std::size_t size_of(DType dtype) {
-  return visit_storage(dtype, [](auto* null) { return sizeof(*null); });
-}
-
 // Numbers of one dtype in a heap block that ends where they end, so that AddressSanitizer sees an access behind them.
 // They begin `offset` bytes behind a multiple of 16. What lies before them is poisoned but for the last few bytes,
 // which must keep their pattern.

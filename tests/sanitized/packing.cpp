@@ -88,7 +88,8 @@ std::vector<TensorEntry> some_entries(int number, bool in_double, std::int64_t n
   std::vector<TensorEntry> entries;
   for (int i = 0; i < number; ++i) {
     entries.push_back({addresses + i, nullptr, nullptr, nullptr, nullptr, numel, -1, 0,
-                       static_cast<std::uint8_t>(in_double ? 0 : 1), false});
+                       static_cast<std::uint8_t>(in_double ? 0 : 1), in_double ? DType::float64 : DType::float32,
+                       false});
   }
   return entries;
 }

@@ -20,8 +20,15 @@ struct Shape {
   std::int64_t numel;
   std::int32_t scalars = 0;
   std::array<int, pointer_count> offsets{};  // in elements, behind a multiple of 16 bytes
+  int other_grad = 0;                        // which of the param's other gradient types; 0: its own
 
-  DType dtype(int pointer) const { return dtypes[combination][pointer >= 2]; }
+  DType dtype(int pointer) const { return pointer == 1 ? grad_dtype() : dtypes[combination][pointer >= 2]; }
+
+  DType grad_dtype() const {
+    constexpr int shorter_types = dtype_count - 1;
+    const int own = static_cast<int>(dtypes[combination][0]);
+    return own == 0 ? DType::float64 : static_cast<DType>(1 + (own - 1 + other_grad) % shorter_types);
+  }
 };
 
 // One copy of it. The shapes must outlive it.
@@ -50,7 +57,7 @@ class Tensors {
       const Memory* memory = &memory_[i * pointer_count];
       entries.push_back({memory[0].data(), memory[1].data(), memory[2].data(), memory[3].data(),
                          shape.amsgrad ? memory[4].data() : nullptr, shape.numel, /*first_unit=*/-1, shape.scalars,
-                         static_cast<std::uint8_t>(shape.combination), shape.amsgrad});
+                         static_cast<std::uint8_t>(shape.combination), shape.grad_dtype(), shape.amsgrad});
     }
     return entries;
   }

@@ -89,6 +89,7 @@ Shape any_shape(Random& random, std::int32_t scalars_count) {
       one_of(random, std::vector{std::int64_t(0), below(random, 20), below(random, 130), around_units});
   Shape shape{static_cast<int>(below(random, combination_count)), below(random, 2) == 0, numel};
   shape.scalars = below(random, 10) == 0 ? -1 : static_cast<std::int32_t>(below(random, scalars_count));
+  shape.other_grad = static_cast<int>(below(random, 3));
   for (int& offset : shape.offsets) offset = below(random, 3) == 0 ? 0 : static_cast<int>(below(random, 16));
   return shape;
 }
@@ -254,6 +255,7 @@ void check_huge_tensor() {
                           0,
                           0,
                           static_cast<std::uint8_t>(find_combination(DType::bfloat16, DType::bfloat16)),
+                          DType::bfloat16,
                           false};
   arguments.entry_count = 1;
   arguments.unit_count = lay_out_units(arguments.entries, 1);
@@ -280,6 +282,7 @@ void check_huge_tensor() {
                             0,
                             0,
                             arguments.entries[0].combination,
+                            DType::bfloat16,
                             false};
     update_on_cpu({alone}, scalars, {});
     for (int thread = 0; thread < cuda::threads_per_block; ++thread) {
