@@ -13,6 +13,12 @@ class HyperMirror:
     def __init__(self) -> None: ...
     def sync(self, param_groups: list[dict[str, Any]]) -> None: ...
 
+class SkipCounts:
+    """How many steps found_inf has skipped, on each device that has counted; see csrc/torch/skips.h."""
+
+    def __init__(self) -> None: ...
+    def on(self, device: str) -> Tensor: ...
+
 class Stepper:
     """The tensor table over one optimizer's params and state; see csrc/torch/stepper.h.
 
@@ -27,6 +33,7 @@ class Stepper:
         state: dict[Any, Any],
         members: list[tuple[Tensor, dict[str, Any] | None, int, str]],
         mirror: HyperMirror,
+        skips: SkipCounts,
     ) -> None: ...
     def step(
         self,

@@ -85,6 +85,7 @@ class AdamW(torch.optim.AdamW):
         self._moment_dtype = moment_dtype
         self._stepping = RLock()  # threads that step one optimizer take turns
         self._mirror = _C.HyperMirror()
+        self._skips = _C.SkipCounts()
         super().__init__(
             params,
             lr,
@@ -167,6 +168,19 @@ class AdamW(torch.optim.AdamW):
         """
         self._mirror.sync(self.param_groups)
 
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps ``found_inf`` has skipped since this optimizer was made, copied or unpickled.
+
+        A 0-d int64 tensor that goes on counting: on the device of the first param where that counts its own steps (a
+        CUDA param, ``capturable`` or ``fused``), else on the CPU. Reading it waits for nothing. Steps that a
+        ``GradScaler`` leaves out without calling :meth:`step`, as it does where ``fused`` is not set, are not counted.
+        """
+        group = next(group for group in self.param_groups if group["params"])
+        device = group["params"][0].device
+        on_device = device.type == "cuda" and (group["capturable"] or group["fused"])
+        return self._skips.on(str(device) if on_device else "cpu")
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW.
 
@@ -194,6 +208,7 @@ class AdamW(torch.optim.AdamW):
         if "_stepping" not in self.__dict__:
             self._stepping = RLock()
             self._mirror = _C.HyperMirror()
+            self._skips = _C.SkipCounts()
         self._moment_dtype = self.defaults.get("moment_dtype")
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
@@ -247,7 +262,7 @@ class AdamW(torch.optim.AdamW):
             if elsewhere:
                 self._elsewhere.append((index, elsewhere))
         self._check_elsewhere()
-        return _C.Stepper(self.param_groups, self.state, members, self._mirror)
+        return _C.Stepper(self.param_groups, self.state, members, self._mirror, self._skips)
 
     def _check_elsewhere(self) -> None:
         """Refuse a step that torch's functional AdamW would refuse after other params have moved."""

@@ -74,6 +74,7 @@ struct StepTable {
   const HyperSource* sources;
   Scaling scaling;
   Scalars* scalars;
+  std::int64_t* skipped;  // counts the steps that found_inf skips; null: nobody does
 };
 
 // Counts the update and returns its scalars. A step that is no count (negative, NaN) shows as numbers that are not

@@ -43,6 +43,7 @@ struct AdvanceArguments {
 
   Scaling scaling;
   Scalars* scalars;
+  std::int64_t* skipped;  // of the first launch of a step, else null
   std::int32_t entry_count;
   HyperSource sources[source_capacity];
   StepEntry entries[entry_capacity];
@@ -88,7 +89,11 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void update_chunk(const UpdateArguments<T, bytes>&
 // The scalar kernel: thread `thread` of the whole grid.
 template <int bytes>
 ADAMW_EXT_HD ADAMW_EXT_INLINE void advance_entry(const AdvanceArguments<bytes>& arguments, int thread) {
-  if (thread >= arguments.entry_count || arguments.scaling.skips()) return;
+  if (arguments.scaling.skips()) {
+    if (thread == 0 && arguments.skipped != nullptr) ++*arguments.skipped;
+    return;
+  }
+  if (thread >= arguments.entry_count) return;
   const StepEntry& entry = arguments.entries[thread];
   arguments.scalars[entry.scalars] = advance(*entry.step, arguments.sources[entry.source], arguments.scaling);
 }

@@ -120,6 +120,7 @@ Error advance_all(const StepTable& table, const Launcher& launcher) {
   AdvanceArguments<bytes> arguments;
   arguments.scaling = table.scaling;
   arguments.scalars = table.scalars;
+  arguments.skipped = table.skipped;
   std::int32_t source_count = 0;
   std::int32_t sources[AdvanceArguments<bytes>::source_capacity];
   arguments.entry_count = 0;
@@ -129,6 +130,7 @@ Error advance_all(const StepTable& table, const Launcher& launcher) {
     if (arguments.entry_count == arguments.entry_capacity || (is_new && source_count == arguments.source_capacity)) {
       if (const Error error = launcher.advance(arguments)) return error;
       arguments.entry_count = source_count = 0;
+      arguments.skipped = nullptr;
     }
     if (source_count == 0 || sources[source_count - 1] != entry.source) {
       sources[source_count] = entry.source;

@@ -176,10 +176,11 @@ std::vector<Flags> read_flags(const py::list& param_groups) {
 class PythonStepper {
  public:
   PythonStepper(const py::list& param_groups, const py::dict& state, const py::list& members,
-                std::shared_ptr<HyperMirror> mirror)
+                std::shared_ptr<HyperMirror> mirror, std::shared_ptr<SkipCounts> skips)
       : flags_(read_flags(param_groups)),
         stepper_(to_members(members, flags_)),
         mirror_(std::move(mirror)),
+        skips_(std::move(skips)),
         groups_(param_groups.size()) {
     watch_.remember(param_groups.ptr(), state.ptr());
     std::set<std::size_t> used;
@@ -204,7 +205,7 @@ class PythonStepper {
     if (ran_python && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
     const at::Tensor scale = to_optional_tensor(grad_scale, "grad_scale");
     const at::Tensor found = to_optional_tensor(found_inf, "found_inf");
-    const Stepper::Ready ready = stepper_.prepare({groups_, {}, scale, found, mirror_.get()});
+    const Stepper::Ready ready = stepper_.prepare({groups_, {}, scale, found, mirror_.get(), skips_.get()});
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
     started_ = true;
@@ -227,6 +228,7 @@ class PythonStepper {
   std::vector<Flags> flags_;  // of all param groups, as when the stepper was made
   Stepper stepper_;
   std::shared_ptr<HyperMirror> mirror_;
+  std::shared_ptr<SkipCounts> skips_;
   Watch watch_;
   std::vector<GroupOptions> groups_;  // of all param groups; those without a member here are never read
   std::vector<std::size_t> used_groups_;
@@ -242,6 +244,10 @@ void sync_mirror(HyperMirror& mirror, const py::list& param_groups) {
     check_hyper(hyper, group);
     return hyper;
   });
+}
+
+py::object skipped_on(SkipCounts& skips, const std::string& device) {
+  return py::reinterpret_steal<py::object>(wrap(skips.on(c10::Device(device))));
 }
 
 std::vector<std::string> isa_levels() {
@@ -262,8 +268,9 @@ std::vector<std::pair<std::string, std::string>> combinations() {
 
 PYBIND11_MODULE(_C, module) {
   py::class_<PythonStepper>(module, "Stepper")
-      .def(py::init<const py::list&, const py::dict&, const py::list&, std::shared_ptr<HyperMirror>>(),
-           py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"))
+      .def(py::init<const py::list&, const py::dict&, const py::list&, std::shared_ptr<HyperMirror>,
+                    std::shared_ptr<SkipCounts>>(),
+           py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"), py::arg("skips"))
       .def("step", &PythonStepper::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"),
            py::arg("found_inf"))
       .def_property_readonly("isa", [](PythonStepper& self) { return cpu::isa_name(self.tuning().isa); })
@@ -274,6 +281,9 @@ PYBIND11_MODULE(_C, module) {
       .def_property(
           "emulated_arguments", [](PythonStepper& self) { return self.tuning().emulated_arguments; },
           [](PythonStepper& self, int bytes) { self.tuning().emulated_arguments = bytes; });
+  py::class_<SkipCounts, std::shared_ptr<SkipCounts>>(module, "SkipCounts")
+      .def(py::init<>())
+      .def("on", &skipped_on, py::arg("device"));
   py::class_<HyperMirror, std::shared_ptr<HyperMirror>>(module, "HyperMirror")
       .def(py::init<>())
       .def("sync", &sync_mirror, py::arg("param_groups"));

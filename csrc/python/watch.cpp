@@ -5,6 +5,7 @@
 namespace adamw_ext::python {
 
 const at::Tensor& unpack(PyObject* tensor) { return THPVariable_Unpack(tensor); }
+PyObject* wrap(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
 
 bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
 

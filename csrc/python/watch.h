@@ -15,6 +15,7 @@ namespace adamw_ext::python {
 // Requires a tensor; the caller has checked.
 const at::Tensor& unpack(PyObject* tensor);
 bool is_tensor(PyObject* object);
+PyObject* wrap(const at::Tensor& tensor);  // a new reference
 
 class Watch {
  public:

@@ -1,6 +1,7 @@
 #include "executor.h"
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -13,6 +14,7 @@
 namespace adamw_ext {
 
 std::unique_ptr<Executor> make_cuda_executor(c10::Device device);
+at::Tensor make_persistent_on_cuda(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device);
 
 namespace {
 
@@ -28,7 +30,10 @@ class CpuExecutor : public Executor {
     double unscale = work.unscale;
     if (tuning.emulated_arguments > 0) return emulate(table, steps, work.writes_grads, tuning);
     if (steps.entry_count > 0) {
-      if (steps.scaling.skips()) return;
+      if (steps.scaling.skips()) {
+        if (steps.skipped != nullptr) ++*steps.skipped;
+        return;
+      }
       for (std::int64_t i = 0; i < steps.entry_count; ++i) {
         const StepEntry& entry = steps.entries[i];
         scalars_[entry.scalars] = advance(*entry.step, steps.sources[entry.source], steps.scaling);
@@ -61,6 +66,11 @@ class CpuExecutor : public Executor {
 
 }  // namespace
 
+at::Tensor make_persistent(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device) {
+  return device.is_cuda() ? make_persistent_on_cuda(sizes, dtype, device)
+                          : at::zeros(sizes, at::TensorOptions().dtype(dtype).device(device));
+}
+
 std::unique_ptr<Executor> make_executor(c10::Device device) {
   if (device.is_cpu()) return std::make_unique<CpuExecutor>();
   return make_cuda_executor(device);
@@ -73,7 +83,7 @@ std::unique_ptr<Executor> make_cuda_executor(c10::Device device) {
   TORCH_CHECK(false, "adamw_ext has no kernels for ", device, " tensors in this build");
 }
 
-at::Tensor make_mirror(c10::Device device) {
+at::Tensor make_persistent_on_cuda(at::IntArrayRef, at::ScalarType, c10::Device device) {
   TORCH_CHECK(false, "adamw_ext has no kernels for ", device, " tensors in this build");
 }
 

@@ -52,9 +52,9 @@ std::unique_ptr<Executor> make_executor(c10::Device device);
 // Whether make_executor knows devices of this type.
 bool has_kernels(c10::DeviceType type);
 
-// Memory of a CUDA device for numbers that captured graphs read. It is no graph's own, also while one is captured: what
-// a graph's memory holds is overwritten by every replay.
-at::Tensor make_mirror(c10::Device device);
+// Zeros for numbers that captured graphs read or write. On a CUDA device the memory is no graph's own, also while one
+// is captured: what a graph's memory holds is overwritten by every replay.
+at::Tensor make_persistent(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device);
 
 // Writes one group's hyperparameters there. `now`: aside from all streams and finished on return, also while a graph is
 // captured; else on the current stream.

@@ -1,6 +1,7 @@
 // The CUDA executor: streams, guards and scratch memory are torch's, everything else is below in cuda/.
 #ifdef ADAMW_EXT_WITH_CUDA
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -122,9 +123,11 @@ std::unique_ptr<Executor> make_cuda_executor(c10::Device device) {
   return std::make_unique<CudaExecutor>(device);
 }
 
-at::Tensor make_mirror(c10::Device device) {
+at::Tensor make_persistent_on_cuda(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device) {
   const Aside aside(device);
-  return at::empty({sizeof(Hyper)}, at::TensorOptions().dtype(c10::kByte).device(device));
+  at::Tensor zeros = at::zeros(sizes, at::TensorOptions().dtype(dtype).device(device));
+  C10_CUDA_CHECK(cudaStreamSynchronize(aside.stream));
+  return zeros;
 }
 
 void write_mirror(const at::Tensor& mirror, const Hyper& hyper, bool now) {

@@ -24,7 +24,7 @@ const Hyper* HyperMirror::hold(c10::Device device, std::int32_t group, const Hyp
   if (cells_.count(place) == 0) {
     Hyper nothing{};
     nothing.lr = std::numeric_limits<double>::quiet_NaN();  // equals no number
-    cells_[place] = {make_mirror(device), nothing};
+    cells_[place] = {make_persistent({sizeof(Hyper)}, c10::kByte, device), nothing};
   }
   Cell& cell = cells_.at(place);
   update(cell, hyper, /*now=*/true);

@@ -60,8 +60,8 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   }
   Stepper stepper(members);
   const at::Tensor undefined;
-  const StepInputs inputs{groups, grads, grad_scale ? *grad_scale : undefined, found_inf ? *found_inf : undefined,
-                          nullptr};
+  const StepInputs inputs{groups,  grads,  grad_scale ? *grad_scale : undefined, found_inf ? *found_inf : undefined,
+                          nullptr, nullptr};
   if (stepper.prepare(inputs) != Stepper::Ready::run) return;
   stepper.run();
   stepper.finish();

@@ -164,7 +164,10 @@ bool Stepper::begin_capture(const StepInputs& inputs) {
 // Reads the numbers that the host needs for the buckets it counts for, once it is known that one of their params has a
 // gradient. True: the step is skipped.
 bool Stepper::begin_on_host(const StepInputs& inputs) {
-  if (inputs.found_inf.defined() && read_scalar(inputs.found_inf, "found_inf") != 0.0) return true;
+  if (inputs.found_inf.defined() && read_scalar(inputs.found_inf, "found_inf") != 0.0) {
+    if (inputs.skips != nullptr) ++*inputs.skips->on(c10::kCPU).mutable_data_ptr<std::int64_t>();
+    return true;
+  }
   const double scale = inputs.grad_scale.defined() ? read_scalar(inputs.grad_scale, "grad_scale") : 1.0;
   TORCH_CHECK_VALUE(scale > 0.0 && std::isfinite(scale), "grad_scale must be positive and finite, but is ", scale);
   unscale_ = 1.0 / scale;
@@ -187,6 +190,8 @@ void Stepper::begin_on_device(Bucket& bucket, const StepInputs& inputs) {
   for (const std::int32_t group : bucket.groups) bucket.sources[group] = source_of(group, bucket, inputs);
   bucket.scaling = {scaling_number(inputs.grad_scale, "grad_scale", bucket, /*is_flag=*/false),
                     scaling_number(inputs.found_inf, "found_inf", bucket, /*is_flag=*/true)};
+  const bool counts = inputs.found_inf.defined() && inputs.skips != nullptr;
+  bucket.skipped = counts ? inputs.skips->on(bucket.device).mutable_data_ptr<std::int64_t>() : nullptr;
 }
 
 HyperSource Stepper::source_of(std::int32_t group, const Bucket& bucket, const StepInputs& inputs) const {
@@ -316,6 +321,7 @@ void Stepper::run() {
       work.steps.entry_count = static_cast<std::int64_t>(bucket.step_entries.size());
       work.steps.sources = bucket.sources.data();
       work.steps.scaling = bucket.scaling;
+      work.steps.skipped = bucket.skipped;
     }
     bucket.executor->run(work, tuning);
   }

@@ -26,6 +26,7 @@
 #include "executor.h"
 #include "memory.h"
 #include "mirror.h"
+#include "skips.h"
 
 namespace adamw_ext {
 
@@ -56,6 +57,7 @@ struct StepInputs {
   const at::Tensor& grad_scale;  // 1 element, or undefined: gradients are divided by it, and written back
   const at::Tensor& found_inf;   // 1 element, or undefined: anything but 0 skips the step
   HyperMirror* mirror;           // null: a captured step keeps the numbers of its groups
+  SkipCounts* skips;             // null: skipped steps are not counted
 };
 
 class Stepper {
@@ -105,6 +107,7 @@ class Stepper {
     std::vector<StepEntry> step_entries;  // of this step's entries, if deferred
     std::vector<HyperSource> sources;     // by group, if deferred
     Scaling scaling{};
+    std::int64_t* skipped = nullptr;
     std::int64_t unit_count = 0;
     bool capturing = false;
     bool writes_grads = false;

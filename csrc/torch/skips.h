@@ -1,0 +1,27 @@
+// How many steps found_inf has skipped: one count for each device that has counted, in memory which outlives steppers
+// and belongs to no graph, so that captured steps go on counting.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <map>
+#include <utility>
+
+#include "executor.h"
+
+namespace adamw_ext {
+
+class SkipCounts {
+ public:
+  // The device's count, a 0-d int64 tensor: at one address as long as this lives.
+  const at::Tensor& on(c10::Device device) {
+    at::Tensor& count = counts_[{device.type(), device.index()}];
+    if (!count.defined()) count = make_persistent({}, c10::kLong, device);
+    return count;
+  }
+
+ private:
+  std::map<std::pair<c10::DeviceType, c10::DeviceIndex>, at::Tensor> counts_;
+};
+
+}  // namespace adamw_ext
