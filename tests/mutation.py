@@ -25,6 +25,7 @@ TESTS = (
     "tests/test_dtypes.py",
     "tests/test_kernels_vectorised.py",
     "tests/test_emulation.py",
+    "tests/test_gradient_dtypes.py",
 )
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
@@ -156,8 +157,8 @@ FAULTS = [
     Fault(
         "a gradient with other strides is read in memory order",
         "csrc/torch/stepper.cpp",
-        "tensor.dtype() == slot.param.dtype &&\n      slot.layout.matches(tensor) &&",
-        "tensor.dtype() == slot.param.dtype &&",
+        "tensor.device() == slot.bucket->device && slot.layout.matches(tensor) &&",
+        "tensor.device() == slot.bucket->device &&",
     ),
     Fault("the step count does not advance", "csrc/torch/stepper.cpp", "*slot.steps_done += 1.0f;", ";"),
     # The capturable branch.
@@ -173,8 +174,8 @@ FAULTS = [
     Fault(
         "a capturable step ignores found_inf",
         "csrc/torch/executor.cpp",
-        "if (steps.scaling.skips()) return;",
-        "",
+        "if (steps.scaling.skips()) {",
+        "if (false) {",
     ),
     # The CUDA path, as it is emulated.
     Fault(
@@ -193,14 +194,26 @@ FAULTS = [
     Fault(
         "the scalar kernel counts a skipped step",
         "csrc/cuda/arguments.h",
-        "if (thread >= arguments.entry_count || arguments.scaling.skips()) return;",
-        "if (thread >= arguments.entry_count) return;",
+        "if (arguments.scaling.skips()) {",
+        "if (false) {",
     ),
     Fault(
         "the update kernel ignores found_inf",
         "csrc/cuda/arguments.h",
         "if (Scaling{nullptr, arguments.found_inf}.skips()) return;",
         "",
+    ),
+    Fault(
+        "a gradient of another dtype is read as the param's",
+        "csrc/cpu/launch.cpp",
+        "if (entry.grad_dtype == dtypes_of[entry.combination].param) {",
+        "if (true) {",
+    ),
+    Fault(
+        "the second piece of a widened gradient repeats the first",
+        "csrc/cpu/launch.cpp",
+        "(entry, wide, begin, stop);",
+        "(entry, wide, 0, stop - begin);",
     ),
     Fault(
         "scalars of a second upload overwrite the first",

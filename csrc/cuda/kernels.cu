@@ -9,7 +9,8 @@ namespace adamw_ext::cuda {
 namespace {
 
 template <class Param, class Moment, bool amsgrad, class Arguments>
-__global__ void __launch_bounds__(threads_per_block) update_kernel(const __grid_constant__ Arguments arguments) {
+__global__ void __launch_bounds__(threads_per_block, resident_blocks)
+    update_kernel(const __grid_constant__ Arguments arguments) {
   update_chunk<Param, Moment, amsgrad>(arguments, blockIdx.x, threadIdx.x, threads_per_block);
 }
 

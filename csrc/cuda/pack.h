@@ -13,6 +13,10 @@ namespace adamw_ext::cuda {
 
 constexpr int threads_per_block = 128;
 
+// What a multiprocessor has registers for: 102 for each thread, which the update kernels need to run without spills,
+// and enough loads in flight (640 threads with 64 bytes each).
+constexpr int resident_blocks = 5;
+
 // For one thread each.
 constexpr int blocks_for(int count) { return (count + threads_per_block - 1) / threads_per_block; }
 
