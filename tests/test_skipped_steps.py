@@ -71,3 +71,30 @@ def test_a_scaler_that_hands_its_numbers_over_is_counted() -> None:
         scaler.step(optimizer)
         scaler.update()
     assert optimizer.skipped_steps.item() == 1
+
+
+@pytest.mark.parametrize("flags", MODES.values(), ids=MODES.keys())
+def test_gradients_may_come_and_go_at_a_skipped_step(flags: dict[str, bool]) -> None:
+    """What is part of a step decides where every tensor lies in the table: also after a step that did not happen."""
+    runs = []
+    for skipped in (False, True):
+        params = [torch.nn.Parameter(torch.ones(size)) for size in (1000, 70, 500, 3)]
+        optimizer = AdamW(params, **flags)
+        for missing in ([], [0], [0, 2], [1], []):
+            for i, param in enumerate(params):
+                param.grad = None if i in missing else torch.full_like(param, i + 1.0)
+            if skipped:
+                optimizer.found_inf = torch.ones(())
+                optimizer.step()
+                optimizer.found_inf = torch.zeros(())
+            optimizer.step()
+        runs.append([param.detach() for param in params])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_count_that_a_user_has_emptied_is_made_anew() -> None:
+    optimizer = make("cpu")
+    step(optimizer, 1.0)
+    optimizer.skipped_steps.untyped_storage().resize_(0)
+    step(optimizer, 1.0)
+    assert optimizer.skipped_steps.item() == 1

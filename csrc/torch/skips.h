@@ -8,15 +8,19 @@
 #include <utility>
 
 #include "executor.h"
+#include "memory.h"
 
 namespace adamw_ext {
 
 class SkipCounts {
  public:
-  // The device's count, a 0-d int64 tensor: at one address as long as this lives.
+  // The device's count, a 0-d int64 tensor: at one address as long as this lives. Python has it too: one that was
+  // resized or converted there is made anew.
   const at::Tensor& on(c10::Device device) {
     at::Tensor& count = counts_[{device.type(), device.index()}];
-    if (!count.defined()) count = make_persistent({}, c10::kLong, device);
+    const bool usable =
+        count.defined() && count.scalar_type() == c10::kLong && count.device() == device && holds_number(count);
+    if (!usable) count = make_persistent({}, c10::kLong, device);
     return count;
   }
 

@@ -137,6 +137,7 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
   for (Bucket& bucket : buckets_) {
     if (!bucket.resized) continue;
     bucket.unit_count = lay_out_units(bucket.entries.data(), static_cast<std::int64_t>(bucket.entries.size()));
+    bucket.resized = false;
   }
   for (Bucket& bucket : buckets_) {
     if (bucket.active) bucket.executor->reserve(std::max(bucket.entries.size(), scalars_.size()));
@@ -183,7 +184,7 @@ bool Stepper::begin_on_host(const StepInputs& inputs) {
 }
 
 void Stepper::begin_on_device(Bucket& bucket, const StepInputs& inputs) {
-  bucket.active = bucket.resized = false;
+  bucket.active = false;
   bucket.step_entries.clear();
   if (!bucket.deferred) return;
   bucket.writes_grads = inputs.grad_scale.defined();

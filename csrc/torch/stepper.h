@@ -111,8 +111,8 @@ class Stepper {
     std::int64_t unit_count = 0;
     bool capturing = false;
     bool writes_grads = false;
-    bool resized = false;
-    bool active = false;  // some of its params are part of this step
+    bool resized = false;  // since units were laid out, also by a step that was skipped or refused
+    bool active = false;   // some of its params are part of this step
   };
 
   struct Slot {
