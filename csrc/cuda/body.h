@@ -47,7 +47,19 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE Vector<bytes> load_vector(const void* from, int in
 template <int bytes>
 ADAMW_EXT_HD ADAMW_EXT_INLINE void store_vector(void* to, int index, const Vector<bytes>& vector) {
 #if defined(__CUDA_ARCH__)
-  static_cast<Vector<bytes>*>(to)[index] = vector;
+  // In PTX, because the compiler would otherwise cut some stores into smaller ones, which other branches have, too.
+  void* const address = static_cast<Vector<bytes>*>(to) + index;
+  if constexpr (bytes == 16) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)),
+                 "r"(vector.words[0]), "r"(vector.words[1]), "r"(vector.words[2]), "r"(vector.words[3])
+                 : "memory");
+  } else if constexpr (bytes == 8) {
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(address)), "r"(vector.words[0]),
+                 "r"(vector.words[1])
+                 : "memory");
+  } else {
+    *static_cast<Vector<bytes>*>(address) = vector;
+  }
 #else
   if (reinterpret_cast<std::uintptr_t>(to) % bytes != 0) __builtin_trap();
   std::memcpy(static_cast<char*>(to) + index * bytes, &vector, bytes);

@@ -73,6 +73,32 @@ Error query_limits(int device, Limits& limits) noexcept {
   return cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device);
 }
 
+Error load_kernels() noexcept {
+  const auto load = [](auto* kernel) -> Error {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  };
+  const auto load_updates = [&](auto param, auto moment, auto amsgrad) -> Error {
+    using Param = decltype(param);
+    using Moment = decltype(moment);
+    using T = typename compute_type<Param>::type;
+    using Small = UpdateArguments<T, small_arguments>;
+    using Large = UpdateArguments<T, large_arguments>;
+    if (const Error error = load(update_kernel<Param, Moment, decltype(amsgrad)::value, Small>)) return error;
+    return load(update_kernel<Param, Moment, decltype(amsgrad)::value, Large>);
+  };
+#define ADAMW_EXT_LOAD(index, param, moment)                                                                  \
+  if (const Error error = load_updates(storage::param{}, storage::moment{}, std::false_type{})) return error; \
+  if (const Error error = load_updates(storage::param{}, storage::moment{}, std::true_type{})) return error;
+  ADAMW_EXT_FOR_EACH_COMBINATION(ADAMW_EXT_LOAD)
+#undef ADAMW_EXT_LOAD
+  if (const Error error = load(advance_kernel<AdvanceArguments<small_arguments>>)) return error;
+  if (const Error error = load(advance_kernel<AdvanceArguments<large_arguments>>)) return error;
+  if (const Error error = load(upload_kernel<UploadArguments<small_arguments>>)) return error;
+  if (const Error error = load(upload_kernel<UploadArguments<large_arguments>>)) return error;
+  return load(write_kernel);
+}
+
 Error launch_advance(const StepTable& table, const Limits& limits, void* stream) noexcept {
   return pack_advance(table, limits, StreamLauncher{static_cast<cudaStream_t>(stream)});
 }

@@ -32,6 +32,10 @@ using Error = int;
 
 Error query_limits(int device, Limits& limits) noexcept;
 
+// Brings every kernel onto the current device, which the runtime would otherwise do at a kernel's first launch: too
+// late if that is captured, or if memory is short by then.
+Error load_kernels() noexcept;
+
 // The scalar kernel: advances every entry's step and writes its scalars, unless found_inf says otherwise.
 Error launch_advance(const StepTable& table, const Limits& limits, void* stream) noexcept;
 

@@ -71,9 +71,24 @@ struct Aside {
   c10::cuda::CUDAStreamGuard stream_guard;
 };
 
+// A device's limits. When they are first asked for, it gets the kernels, too.
+cuda::Limits limits_of(c10::Device device) {
+  static std::mutex mutex;
+  static std::map<c10::DeviceIndex, cuda::Limits> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = all.find(device.index());
+  if (known != all.end()) return known->second;
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);  // also while a graph is captured
+  const c10::cuda::CUDAGuard guard(device);
+  cuda::Limits limits{};
+  check(cuda::query_limits(device.index(), limits));
+  check(cuda::load_kernels());
+  return all[device.index()] = limits;
+}
+
 class CudaExecutor : public Executor {
  public:
-  explicit CudaExecutor(c10::Device device) : device_(device) { check(cuda::query_limits(device.index(), limits_)); }
+  explicit CudaExecutor(c10::Device device) : device_(device), limits_(limits_of(device)) {}
 
   bool is_capturing() const override { return Capture::current(device_).graph != 0; }
 
@@ -109,7 +124,7 @@ class CudaExecutor : public Executor {
 
  private:
   c10::Device device_;
-  cuda::Limits limits_{};
+  cuda::Limits limits_;
   at::Tensor scratch_;
   Capture scratch_of_;
 };
