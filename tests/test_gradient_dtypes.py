@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adamw_ext import AdamW, functional
-from tests.helpers import COMBINATIONS, ISA_LEVELS, assert_same_bits, name_of, running_on, spread
+from tests.helpers import COMBINATIONS, DEVICES, ISA_LEVELS, assert_same_bits, name_of, running_on, spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,3 +174,29 @@ def test_gradients_that_no_kernel_reads_are_refused_by_name(param: torch.dtype, 
             amsgrad=False, beta1=0.9, beta2=0.999, lr=0.1, weight_decay=0.0, eps=1e-8, maximize=False,
         )  # fmt: skip
     assert all(torch.equal(tensor, torch.ones(3, dtype=param)) for tensor in tensors)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("param", "moment", "grad"), MIXED, **MIXED_ID)
+def test_every_device_has_the_bits_of_the_cpu(
+    param: torch.dtype, moment: torch.dtype, grad: torch.dtype, device: str
+) -> None:
+    """Tensors that begin one element into their memory, on the device too; steps counted there."""
+    results = []
+    for place in ("cpu", device):
+        run = Run(param, moment)
+        roles = [run.params, numbers(10, grad), *run.moments]
+        params, grads, exp_avgs, exp_avg_sqs = [[shifted(t, place) for t in tensors] for tensors in roles]
+        steps = [step.to(place) for step in run.steps]
+        functional.adamw(
+            params, grads, exp_avgs, exp_avg_sqs, [], steps,
+            amsgrad=False, beta1=0.9, beta2=0.999, lr=1e-2, weight_decay=0.1, eps=1e-8, maximize=False,
+        )  # fmt: skip
+        results.append([tensor.cpu() for tensor in (*params, *exp_avgs, *exp_avg_sqs, *steps)])
+    assert_same_bits(results[1], results[0])
+
+
+def shifted(tensor: Tensor, device: str) -> Tensor:
+    """A copy that begins one element into its memory."""
+    memory = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device=device)
+    return memory[1:].copy_(tensor)
