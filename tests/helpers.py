@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_ext import _C
+from adamw_ext import _C, functional
 
 # (param dtype, moment dtype) of every combination that has a kernel, and the levels that this processor can run.
 COMBINATIONS = [(getattr(torch, param), getattr(torch, moment)) for param, moment in _C.combinations()]
@@ -39,6 +39,40 @@ def name_of(value: object) -> str | None:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What the arithmetic runs in, for storage of this dtype."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
+
+
+def functional_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    amsgrad: bool = False,
+    capturable: bool = False,
+) -> None:
+    """One step of the functional form, with hyperparameters as the optimizer has them."""
+    functional.adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        steps,
+        amsgrad=amsgrad,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+        capturable=capturable,
+    )
 
 
 @contextmanager

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 import adamw_ext
-from adamw_ext import functional
-from tests.helpers import COMBINATIONS, ISA_LEVELS, assert_same_bits, name_of, running_on, spread
+from tests.helpers import COMBINATIONS, ISA_LEVELS, assert_same_bits, functional_step, name_of, running_on, spread
 
 # What these tests prepare and compare is small: only the step itself gets threads.
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,21 +129,8 @@ class Run:
         """Through the functional form."""
         with running_on(isa=path.isa, threads=path.threads):
             for grads in self.grads:
-                functional.adamw(
-                    self.params,
-                    grads,
-                    self.exp_avgs,
-                    self.exp_avg_sqs,
-                    self.max_exp_avg_sqs,
-                    self.steps,
-                    amsgrad=self.amsgrad,
-                    beta1=HYPER["betas"][0],
-                    beta2=HYPER["betas"][1],
-                    lr=HYPER["lr"],
-                    weight_decay=HYPER["weight_decay"],
-                    eps=HYPER["eps"],
-                    maximize=False,
-                )
+                state = (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs, self.steps)
+                functional_step(self.params, grads, *state, amsgrad=self.amsgrad, **HYPER)
         return self
 
     @property

@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 import adamw_ext
-from adamw_ext import functional
-from tests.helpers import COMBINATIONS, COMPLEX_COMBINATIONS, DEVICES, MODES, assert_same_bits, name_of, on_cpu
+from tests.helpers import (
+    COMBINATIONS,
+    COMPLEX_COMBINATIONS,
+    DEVICES,
+    MODES,
+    assert_same_bits,
+    functional_step,
+    name_of,
+    on_cpu,
+)
 from tests.test_bits import FEW_SIZES, LONG_SIZES, SIZES, UNITS_PER_CHUNK, random_numbers
 
 pytestmark = [
@@ -102,22 +110,9 @@ class Job:
     def train_functional(self, *, capturable: bool = False) -> "Job":
         """Through the functional form."""
         for grads in self.grads:
-            functional.adamw(
-                self.params,
-                grads,
-                self.state["exp_avg"],
-                self.state["exp_avg_sq"],
-                self.state.get("max_exp_avg_sq", []),
-                self.steps,
-                amsgrad=self.amsgrad,
-                beta1=HYPER["betas"][0],
-                beta2=HYPER["betas"][1],
-                lr=HYPER["lr"],
-                weight_decay=HYPER["weight_decay"],
-                eps=HYPER["eps"],
-                maximize=False,
-                capturable=capturable,
-            )
+            moments = [self.state.get(key, []) for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")]
+            flags = {"amsgrad": self.amsgrad, "capturable": capturable}
+            functional_step(self.params, grads, *moments, self.steps, **HYPER, **flags)
         return self
 
     @property

@@ -10,8 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_ext import AdamW, functional
-from tests.helpers import COMBINATIONS, DEVICES, ISA_LEVELS, assert_same_bits, name_of, running_on, spread
+from adamw_ext import AdamW
+from tests.helpers import (
+    COMBINATIONS,
+    DEVICES,
+    ISA_LEVELS,
+    assert_same_bits,
+    functional_step,
+    name_of,
+    running_on,
+    spread,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,10 +127,7 @@ def test_a_wider_gradient_is_not_rounded_to_the_params_dtype(grad: torch.dtype) 
     """1 + 2**-9 is 1 in bfloat16. The float32 moment shows what the kernel has seen."""
     param, grads = torch.ones(70, dtype=torch.bfloat16), torch.full((70,), 1 + 2.0**-9, dtype=grad)
     moments = [torch.zeros(70), torch.zeros(70)]
-    functional.adamw(
-        [param], [grads], [moments[0]], [moments[1]], [], [torch.zeros(())],
-        amsgrad=False, beta1=0.5, beta2=0.5, lr=0.1, weight_decay=0.0, eps=1e-8, maximize=False,
-    )  # fmt: skip
+    functional_step([param], [grads], [moments[0]], [moments[1]], [], [torch.zeros(())], lr=0.1, betas=(0.5, 0.5))
     assert torch.equal(moments[0], 0.5 * grads.float())
     assert torch.equal(moments[1], 0.5 * grads.float() ** 2)
 
@@ -133,10 +139,7 @@ def test_the_functional_form_takes_gradients_of_another_dtype(
     results = []
     for dtype in (param, grad):
         run = Run(param, moment)
-        functional.adamw(
-            run.params, numbers(10, dtype), *run.moments, [], run.steps,
-            amsgrad=False, beta1=0.9, beta2=0.999, lr=1e-2, weight_decay=0.1, eps=1e-8, maximize=False,
-        )  # fmt: skip
+        functional_step(run.params, numbers(10, dtype), *run.moments, [], run.steps, lr=1e-2, weight_decay=0.1)
         results.append(run.results)
     assert_same_bits(results[1], results[0])
 
@@ -146,10 +149,7 @@ def test_a_gradient_of_other_strides_and_dtype_is_read_correctly() -> None:
     results = []
     for g in (grad, grad.float().contiguous()):
         param, state = start.clone(), [torch.zeros(5, 7), torch.zeros(5, 7)]
-        functional.adamw(
-            [param], [g], [state[0]], [state[1]], [], [torch.zeros(())],
-            amsgrad=False, beta1=0.9, beta2=0.999, lr=0.1, weight_decay=0.0, eps=1e-8, maximize=False,
-        )  # fmt: skip
+        functional_step([param], [g], [state[0]], [state[1]], [], [torch.zeros(())], lr=0.1, weight_decay=0.0)
         results.append([param, *state])
     assert_same_bits(*results)
 
@@ -169,10 +169,16 @@ def test_a_gradient_of_other_strides_and_dtype_is_read_correctly() -> None:
 def test_gradients_that_no_kernel_reads_are_refused_by_name(param: torch.dtype, grad: torch.dtype) -> None:
     tensors = [torch.ones(3, dtype=param) for _ in range(3)]
     with pytest.raises(RuntimeError, match=rf"the gradient of params\[0\].*{param}.*{grad}"):
-        functional.adamw(
-            [tensors[0]], [torch.ones(3, dtype=grad)], [tensors[1]], [tensors[2]], [], [torch.zeros(())],
-            amsgrad=False, beta1=0.9, beta2=0.999, lr=0.1, weight_decay=0.0, eps=1e-8, maximize=False,
-        )  # fmt: skip
+        functional_step(
+            [tensors[0]],
+            [torch.ones(3, dtype=grad)],
+            [tensors[1]],
+            [tensors[2]],
+            [],
+            [torch.zeros(())],
+            lr=0.1,
+            weight_decay=0.0,
+        )
     assert all(torch.equal(tensor, torch.ones(3, dtype=param)) for tensor in tensors)
 
 
@@ -188,10 +194,7 @@ def test_every_device_has_the_bits_of_the_cpu(
         roles = [run.params, numbers(10, grad), *run.moments]
         params, grads, exp_avgs, exp_avg_sqs = [[shifted(t, place) for t in tensors] for tensors in roles]
         steps = [step.to(place) for step in run.steps]
-        functional.adamw(
-            params, grads, exp_avgs, exp_avg_sqs, [], steps,
-            amsgrad=False, beta1=0.9, beta2=0.999, lr=1e-2, weight_decay=0.1, eps=1e-8, maximize=False,
-        )  # fmt: skip
+        functional_step(params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=1e-2, weight_decay=0.1)
         results.append([tensor.cpu() for tensor in (*params, *exp_avgs, *exp_avg_sqs, *steps)])
     assert_same_bits(results[1], results[0])
 

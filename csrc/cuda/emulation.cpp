@@ -36,6 +36,11 @@ struct HostLauncher {
 
 }  // namespace
 
+Error emulate_step(const Table& table, const StepTable& steps, Scalars* device_scalars, bool writes_grads,
+                   const Limits& limits) noexcept {
+  return pack_step(table, steps, device_scalars, writes_grads, limits, HostLauncher{});
+}
+
 Error emulate_advance(const StepTable& table, const Limits& limits) noexcept {
   return pack_advance(table, limits, HostLauncher{});
 }

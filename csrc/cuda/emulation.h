@@ -6,6 +6,10 @@
 
 namespace adamw_ext::cuda {
 
+// As launch_step, and its three parts one by one.
+Error emulate_step(const Table& table, const StepTable& steps, Scalars* device_scalars, bool writes_grads,
+                   const Limits& limits) noexcept;
+
 Error emulate_advance(const StepTable& table, const Limits& limits) noexcept;
 
 Error emulate_upload(const Table& table, Scalars* destination, const Limits& limits) noexcept;

@@ -99,16 +99,10 @@ Error load_kernels() noexcept {
   return load(write_kernel);
 }
 
-Error launch_advance(const StepTable& table, const Limits& limits, void* stream) noexcept {
-  return pack_advance(table, limits, StreamLauncher{static_cast<cudaStream_t>(stream)});
-}
-
-Error launch_upload(const Table& table, Scalars* device_scalars, const Limits& limits, void* stream) noexcept {
-  return pack_upload(table, device_scalars, limits, StreamLauncher{static_cast<cudaStream_t>(stream)});
-}
-
-Error launch_update(const Table& table, const UpdateInputs& inputs, const Limits& limits, void* stream) noexcept {
-  return pack_update(table, inputs, limits, StreamLauncher{static_cast<cudaStream_t>(stream)});
+Error launch_step(const Table& table, const StepTable& steps, Scalars* device_scalars, bool writes_grads,
+                  const Limits& limits, void* stream) noexcept {
+  const StreamLauncher launcher{static_cast<cudaStream_t>(stream)};
+  return pack_step(table, steps, device_scalars, writes_grads, limits, launcher);
 }
 
 Error launch_write(Hyper* mirror, const Hyper& hyper, void* stream) noexcept {

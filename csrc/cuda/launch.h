@@ -36,14 +36,12 @@ Error query_limits(int device, Limits& limits) noexcept;
 // late if that is captured, or if memory is short by then.
 Error load_kernels() noexcept;
 
-// The scalar kernel: advances every entry's step and writes its scalars, unless found_inf says otherwise.
-Error launch_advance(const StepTable& table, const Limits& limits, void* stream) noexcept;
-
-// Writes the table's scalars into device memory.
-Error launch_upload(const Table& table, Scalars* device_scalars, const Limits& limits, void* stream) noexcept;
-
-// The update kernel, one launch for up to 500 entries of one dtype combination. Units need not have been laid out.
-Error launch_update(const Table& table, const UpdateInputs& inputs, const Limits& limits, void* stream) noexcept;
+// A whole step: the scalar kernel, where `steps` has entries (it advances their steps and writes their scalars, unless
+// found_inf says otherwise), or the upload of the table's scalars, where they are too many to travel by value; then the
+// update kernel, one launch for up to 500 entries of one dtype combination. Units need not have been laid out.
+// device_scalars: memory for the scalars of every entry, and for the table's own.
+Error launch_step(const Table& table, const StepTable& steps, Scalars* device_scalars, bool writes_grads,
+                  const Limits& limits, void* stream) noexcept;
 
 // Writes one group's hyperparameters into device memory.
 Error launch_write(Hyper* mirror, const Hyper& hyper, void* stream) noexcept;

@@ -175,4 +175,21 @@ Error pack_upload(const Table& table, Scalars* destination, const Limits& limits
                                                          : upload_all<large_arguments>(table, destination, launcher);
 }
 
+// Launches a whole step.
+template <class Launcher>
+Error pack_step(const Table& table, StepTable steps, Scalars* device_scalars, bool writes_grads, const Limits& limits,
+                const Launcher& launcher) {
+  UpdateInputs inputs{nullptr, nullptr, writes_grads};
+  if (steps.entry_count > 0) {
+    steps.scalars = device_scalars;
+    if (const Error error = pack_advance(steps, limits, launcher)) return error;
+    inputs.device_scalars = device_scalars;
+    inputs.found_inf = steps.scaling.found_inf;
+  } else if (table.scalars_count > scalars_by_value) {
+    if (const Error error = pack_upload(table, device_scalars, limits, launcher)) return error;
+    inputs.device_scalars = device_scalars;
+  }
+  return pack_update(table, inputs, limits, launcher);
+}
+
 }  // namespace adamw_ext::cuda

@@ -25,10 +25,10 @@ class CpuExecutor : public Executor {
   void reserve(std::size_t count) override { scalars_.resize(std::max(scalars_.size(), count)); }
 
   void run(const Work& work, const Tuning& tuning) override {
+    if (tuning.emulated_arguments > 0) return emulate(work, tuning);
     Table table = work.table;
-    StepTable steps = work.steps;
+    const StepTable& steps = work.steps;
     double unscale = work.unscale;
-    if (tuning.emulated_arguments > 0) return emulate(table, steps, work.writes_grads, tuning);
     if (steps.entry_count > 0) {
       if (steps.scaling.skips()) {
         if (steps.skipped != nullptr) ++*steps.skipped;
@@ -45,20 +45,10 @@ class CpuExecutor : public Executor {
   }
 
  private:
-  void emulate(const Table& table, StepTable steps, bool writes_grads, const Tuning& tuning) {
+  void emulate(const Work& work, const Tuning& tuning) {
     constexpr int multiprocessors = 132;
     const cuda::Limits limits{tuning.emulated_arguments, multiprocessors, tuning.units_per_chunk};
-    cuda::UpdateInputs inputs{nullptr, nullptr, writes_grads};
-    if (steps.entry_count > 0) {
-      steps.scalars = scalars_.data();
-      cuda::emulate_advance(steps, limits);
-      inputs.device_scalars = steps.scalars;
-      inputs.found_inf = steps.scaling.found_inf;
-    } else if (table.scalars_count > cuda::scalars_by_value) {
-      cuda::emulate_upload(table, scalars_.data(), limits);
-      inputs.device_scalars = scalars_.data();
-    }
-    cuda::emulate_update(table, inputs, limits);
+    cuda::emulate_step(work.table, work.steps, scalars_.data(), work.writes_grads, limits);
   }
 
   std::vector<Scalars> scalars_;

@@ -108,18 +108,7 @@ class CudaExecutor : public Executor {
     const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
     auto* const scratch = static_cast<Scalars*>(scratch_.mutable_data_ptr());
     limits_.units_per_chunk = tuning.units_per_chunk;
-    cuda::UpdateInputs inputs{nullptr, nullptr, work.writes_grads};
-    if (work.steps.entry_count > 0) {
-      StepTable steps = work.steps;
-      steps.scalars = scratch;
-      check(cuda::launch_advance(steps, limits_, stream));
-      inputs.device_scalars = scratch;
-      inputs.found_inf = steps.scaling.found_inf;
-    } else if (work.table.scalars_count > cuda::scalars_by_value) {
-      check(cuda::launch_upload(work.table, scratch, limits_, stream));
-      inputs.device_scalars = scratch;
-    }
-    check(cuda::launch_update(work.table, inputs, limits_, stream));
+    check(cuda::launch_step(work.table, work.steps, scratch, work.writes_grads, limits_, stream));
   }
 
  private:
