@@ -13,16 +13,17 @@ class HyperMirror:
     def __init__(self) -> None: ...
     def sync(self, param_groups: list[dict[str, Any]]) -> None: ...
 
-class SkipCounts:
-    """How many steps found_inf has skipped, on each device that has counted; see csrc/torch/skips.h."""
+class DeviceNumbers:
+    """One number ("int64" or "float64") for each device that has counted or measured; see csrc/torch/numbers.h."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, dtype: str) -> None: ...
     def on(self, device: str) -> Tensor: ...
 
 class Stepper:
     """The tensor table over one optimizer's params and state; see csrc/torch/stepper.h.
 
-    ``members`` are tuples (param, its state dict or None, group index, name for messages).
+    ``members`` are tuples (param, its state dict or None, group index, name for messages, number of the param in the
+    optimizer, number of its first element in the whole param).
     """
 
     units_per_chunk: int
@@ -31,9 +32,10 @@ class Stepper:
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Any, Any],
-        members: list[tuple[Tensor, dict[str, Any] | None, int, str]],
+        members: list[tuple[Tensor, dict[str, Any] | None, int, str, int, int]],
         mirror: HyperMirror,
-        skips: SkipCounts,
+        skips: DeviceNumbers,
+        norms: DeviceNumbers,
     ) -> None: ...
     def step(
         self,
@@ -49,6 +51,12 @@ class Stepper:
     @property
     def isa(self) -> str: ...
 
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as (bfloat16, int16) of its shape, on the CPU; see csrc/core/rounding.h."""
+
+def join_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 tensor again, on the CPU."""
+
 def isa_levels() -> list[str]: ...
 def chosen_isa() -> str: ...
-def combinations() -> list[tuple[str, str]]: ...
+def combinations() -> list[tuple[str, str, str, str]]: ...

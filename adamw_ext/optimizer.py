@@ -23,8 +23,16 @@ from adamw_ext.torch_path import find_problem, step_group
 
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
 _IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
+_STORAGE_OPTIONS = ("master_weights", "moment_dtype", "stochastic_rounding")
 
-MOMENT_DTYPES = (None, torch.float32, torch.bfloat16)
+# What torch.optim.AdamW does not have: options and their defaults. A group has those keys that were given.
+_DEFAULTS = {
+    "master_weights": None,
+    "moment_dtype": None,
+    "stochastic_rounding": False,
+    "seed": 0,
+    "max_grad_norm": None,
+}
 
 
 class AdamW(torch.optim.AdamW):
@@ -53,9 +61,25 @@ class AdamW(torch.optim.AdamW):
             in a CUDA graph and replayed; see :meth:`init_state` and :meth:`sync_hyperparameters`.
         differentiable: let autograd record the step (torch's implementation).
         fused: also makes the optimizer apply ``GradScaler``'s scale itself (``_step_supports_amp_scaling``).
+        master_weights: what the update of bfloat16 and float16 params runs on (a wider param is its own master).
+            None: the param itself, rounded at every step. "fp32": a float32 master beside it, of which the param shows
+            the nearest value. "split", bfloat16 only: the same master with the same bits, as the param and the 16 bits
+            that it lacks, in 2 bytes less. Both round ties away from zero to bfloat16. A param that someone writes to
+            keeps what was written: the next step starts from there (from a bfloat16 and the master's low bits, so from
+            less than half a unit in the last place of it).
         moment_dtype: of new and of loaded moments, torch.float32 or torch.bfloat16; None: as the param's, and as
-            loaded. Each element is rounded to nearest at every step, so that bfloat16 moments stick where a step
-            changes them by less than half a unit in the last place.
+            loaded. Each element is rounded at every step; to nearest, bfloat16 moments stick where a step changes them
+            by less than half a unit in the last place.
+        stochastic_rounding: round to bfloat16 at random, without bias: the moments, and params without a master. The
+            random bits are a function of ``seed``, the step, the param's place in the optimizer and the element's place
+            in the param, hence the same in every replica, replay, resumed run and chunking, on the CPU and on CUDA.
+        seed: of stochastic rounding, in [0, 2**64).
+        max_grad_norm: clip the gradients of all groups to this L2 norm, as torch.nn.utils.clip_grad_norm_ before the
+            step, but without changing them; None: do not. The norm is of the unscaled gradients. See :attr:`grad_norm`.
+            All params must be ones that the hand-written kernel updates.
+
+    ``master_weights``, ``moment_dtype``, ``stochastic_rounding``, ``seed`` and ``max_grad_norm`` may be given for each
+    group; a group without ``max_grad_norm`` counts in the norm and is not clipped.
 
     Raises:
         ValueError, TypeError, RuntimeError: as torch.optim.AdamW for the same mistakes. ``step`` raises before it
@@ -63,7 +87,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     _stepper: _C.Stepper | None = None
-    _moment_dtype: torch.dtype | None = None
+    _options: dict[str, Any] = {}  # noqa: RUF012  (those of _DEFAULTS that were given)
     _elsewhere: list[tuple[int, list[Tensor]]] = []  # noqa: RUF012  (group index, params) that torch updates
 
     def __init__(
@@ -80,12 +104,17 @@ class AdamW(torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        master_weights: str | None = None,
         moment_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        max_grad_norm: float | None = None,
     ) -> None:
-        self._moment_dtype = moment_dtype
-        self._stepping = RLock()  # threads that step one optimizer take turns
-        self._mirror = _C.HyperMirror()
-        self._skips = _C.SkipCounts()
+        given = (master_weights, moment_dtype, stochastic_rounding, seed, max_grad_norm)
+        options = dict(zip(_DEFAULTS, given, strict=True))
+        self._options = {key: value for key, value in options.items() if value != _DEFAULTS[key]}
+        check_options(options, "")
+        self._make_tools()
         super().__init__(
             params,
             lr,
@@ -99,19 +128,21 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        if moment_dtype is not None:
-            self.defaults["moment_dtype"] = moment_dtype
+        self.defaults.update(self._options)
+
+    def _make_tools(self) -> None:
+        """What belongs to this object and is neither copied nor pickled."""
+        self._stepping = RLock()  # threads that step one optimizer take turns
+        self._mirror = _C.HyperMirror()
+        self._skips = _C.DeviceNumbers("int64")
+        self._sums_of_squares = _C.DeviceNumbers("float64")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of params, as torch's method. ``moment_dtype`` may be given for each group."""
+        """Add a group of params, as torch's method. The options beyond torch's may be given for each group."""
         if isinstance(param_group, dict):  # torch's method refuses all else
-            if self._moment_dtype is not None:
-                param_group.setdefault("moment_dtype", self._moment_dtype)
-            if param_group.get("moment_dtype") not in MOMENT_DTYPES:
-                raise ValueError(
-                    "moment_dtype must be torch.float32, torch.bfloat16 or None, "
-                    f"but is {param_group['moment_dtype']!r}"
-                )
+            for key, value in self._options.items():
+                param_group.setdefault(key, value)
+            check_options(param_group, f" in param group {len(self.param_groups)}")
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -155,7 +186,7 @@ class AdamW(torch.optim.AdamW):
                     conform_state(param, state, group)
 
     def sync_hyperparameters(self) -> None:
-        """Hand the groups' present float hyperparameters (lr, betas, eps, weight_decay) to captured steps.
+        """Hand the groups' present numbers (lr, betas, eps, weight_decay, max_grad_norm, seed) to captured steps.
 
         A captured step reads them in device memory, which this writes, in the order of the current stream: call it
         after a change, before the next replay. Tensor hyperparameters need no call; change them in place. Whatever is
@@ -181,16 +212,35 @@ class AdamW(torch.optim.AdamW):
         on_device = device.type == "cuda" and (group["capturable"] or group["fused"])
         return self._skips.on(str(device) if on_device else "cpu")
 
+    @property
+    def grad_norm(self) -> Tensor:
+        """The L2 norm of all unscaled gradients of the last step that was not skipped, before clipping.
+
+        A 0-d float64 tensor on the first param's device, 0 before the first step. Reading it waits for nothing. NaN and
+        infinite gradients show here.
+
+        Raises:
+            RuntimeError: no group has ``max_grad_norm``, so no norm is measured.
+        """
+        if all(group.get("max_grad_norm") is None for group in self.param_groups):
+            raise RuntimeError("grad_norm is measured only where max_grad_norm is set, but it is None in every group")
+        device = next(group["params"][0].device for group in self.param_groups if group["params"])
+        return self._sums_of_squares.on(str(device)).sqrt()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW.
 
         Hyperparameters and state come from the dict. The constructor's implementation flags (``foreach``,
-        ``capturable``, ``differentiable``, ``fused``), a tensor ``lr`` or beta, and the addresses of state tensors that
-        fit stay, so that captured steps remain valid; the loaded hyperparameters are handed to them. Moments keep the
-        dict's dtype where a kernel takes it (float32 moments of a bfloat16 param).
+        ``capturable``, ``differentiable``, ``fused``), ``master_weights``, ``moment_dtype`` and
+        ``stochastic_rounding``, a tensor ``lr`` or beta, and the addresses of state tensors that fit stay, so that
+        captured steps remain valid; the loaded hyperparameters are handed to them. Moments keep the dict's dtype where
+        a kernel takes it (float32 moments of a bfloat16 param). The masters of "fp32" and "split" load into each other,
+        exactly; a param that shows one rounded half to even, as others round it, is then moved to the value equally
+        near that "split" shows.
 
         Raises:
-            ValueError: another number of groups or params, or state of another shape. Nothing has changed then.
+            ValueError: another number of groups or params, state of another shape, or masters for a param that has
+                none. Nothing has changed then.
         """
         hook_key = object()
         self._optimizer_load_state_dict_pre_hooks[hook_key] = carry_tensors  # type: ignore[index]
@@ -206,10 +256,8 @@ class AdamW(torch.optim.AdamW):
         super().__setstate__(state)
         self._stepper = None
         if "_stepping" not in self.__dict__:
-            self._stepping = RLock()
-            self._mirror = _C.HyperMirror()
-            self._skips = _C.SkipCounts()
-        self._moment_dtype = self.defaults.get("moment_dtype")
+            self._make_tools()
+        self._options = {key: self.defaults[key] for key in _DEFAULTS if key in self.defaults}
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
 
@@ -237,17 +285,22 @@ class AdamW(torch.optim.AdamW):
             raise
 
     def _make_stepper(self, created: list[Tensor]) -> _C.Stepper:
-        members: list[tuple[Tensor, dict[str, Any] | None, int, str]] = []
+        members: list[tuple[Tensor, dict[str, Any] | None, int, str, int, int]] = []
+        number = -1  # of the param in this optimizer
+        torch_updates = ""
         self._elsewhere = []
         capturing = _C.cuda_kernels and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         for index, group in enumerate(self.param_groups):
             check_flags(group, index)
             elsewhere = []
             for position, param in enumerate(group["params"]):
+                number += 1
+                name = param_name(group, index, position)
                 if group["differentiable"] or not runs_in_kernel(param):
+                    check_left_to_torch(group, name)
+                    torch_updates = name
                     elsewhere.append(param)
                     continue
-                name = param_name(group, index, position)
                 state = self.state.get(param)
                 if not isinstance(state, (dict, NoneType)):
                     raise TypeError(f"state of {name} must be a dict, but is {state!r}")
@@ -258,11 +311,13 @@ class AdamW(torch.optim.AdamW):
                 elif not state and param.grad is not None:
                     created.append(param)
                     state = self.state[param] = new_state(param, group)
-                members.append((param, state or None, index, name))
+                members.append((param, state or None, index, name, number, 0))
             if elsewhere:
                 self._elsewhere.append((index, elsewhere))
+        if self._elsewhere and any(group.get("max_grad_norm") is not None for group in self.param_groups):
+            raise RuntimeError(f"max_grad_norm needs the hand-written kernel, but {torch_updates} is updated by torch")
         self._check_elsewhere()
-        return _C.Stepper(self.param_groups, self.state, members, self._mirror, self._skips)
+        return _C.Stepper(self.param_groups, self.state, members, self._mirror, self._skips, self._sums_of_squares)
 
     def _check_elsewhere(self) -> None:
         """Refuse a step that torch's functional AdamW would refuse after other params have moved."""
@@ -282,8 +337,9 @@ class AdamW(torch.optim.AdamW):
         for current, loaded in zip(self.param_groups, groups, strict=True):
             for flag in _IMPLEMENTATION_FLAGS:
                 loaded[flag] = current[flag]
-            if "moment_dtype" in current or "moment_dtype" in loaded:
-                loaded["moment_dtype"] = current.get("moment_dtype")
+            for option in _STORAGE_OPTIONS:
+                loaded.pop(option, None)
+            loaded.update({key: current[key] for key in _DEFAULTS if key in current and key not in loaded})
         state: dict[Any, Any] = incoming["state"]
         live = storage_addresses(self.state.values())
         loads = {}
@@ -314,6 +370,36 @@ def refill(current: float | Tensor, loaded: float | Tensor) -> float | Tensor:
     if isinstance(current, Tensor):
         return current.fill_(float(loaded))
     return float(loaded) if isinstance(loaded, Tensor) else loaded
+
+
+def check_options(options: dict[str, Any], where: str) -> None:
+    """Raise ValueError unless the options beyond torch's are usable; those not given are."""
+    options = {**_DEFAULTS, **options}
+    expected = {
+        "master_weights": (options["master_weights"] in (None, "fp32", "split"), "'fp32', 'split' or None"),
+        "moment_dtype": (
+            options["moment_dtype"] in (None, torch.float32, torch.bfloat16),
+            "torch.float32, torch.bfloat16 or None",
+        ),
+        "stochastic_rounding": (isinstance(options["stochastic_rounding"], bool), "a bool"),
+        "seed": (type(options["seed"]) is int and 0 <= options["seed"] < 2**64, "an int in [0, 2**64)"),
+        "max_grad_norm": (is_norm(options["max_grad_norm"]), "a number that is not negative, or None"),
+    }
+    for key, (is_usable, wanted) in expected.items():
+        if not is_usable:
+            raise ValueError(f"{key} must be {wanted}, but is {options[key]!r}{where}")
+
+
+def is_norm(value: Any) -> bool:
+    """Whether max_grad_norm may be this."""
+    return value is None or (isinstance(value, (int, float)) and value >= 0.0)
+
+
+def check_left_to_torch(group: dict[str, Any], name: str) -> None:
+    """Raise RuntimeError if a param that torch updates is in a group with options that torch does not have."""
+    for key in ("master_weights", "stochastic_rounding"):
+        if group.get(key, _DEFAULTS[key]) != _DEFAULTS[key]:
+            raise RuntimeError(f"{key}={group[key]!r} needs the hand-written kernel, but {name} is updated by torch")
 
 
 def check_flags(group: dict[str, Any], index: int) -> None:

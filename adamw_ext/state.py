@@ -2,7 +2,8 @@
 
 Per parameter: ``step`` (0-d float32, how many updates were made; on the param's device if capturable or fused, else on
 the CPU), ``exp_avg`` and ``exp_avg_sq`` (as the param, or of the group's ``moment_dtype``), and with
-amsgrad ``max_exp_avg_sq`` (as ``exp_avg``). The keys are torch.optim.AdamW's, so state dicts go both ways.
+amsgrad ``max_exp_avg_sq`` (as ``exp_avg``). These keys are torch.optim.AdamW's, so state dicts go both ways. A bfloat16
+or float16 param has with ``master_weights`` one more: ``master_param`` (float32) or ``param_remainder`` (int16).
 """
 
 from collections.abc import Iterable
@@ -15,10 +16,14 @@ from torch.optim import Optimizer
 from adamw_ext import _C
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+MASTERS = {"master_param": torch.float32, "param_remainder": torch.int16}
+
+_MASTER_KEYS = {"fp32": "master_param", "split": "param_remainder"}
 
 _KERNEL_DEVICES = ("cpu", "cuda") if _C.cuda_kernels else ("cpu",)
 _COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64, torch.float16: torch.complex32}
-_COMBINATIONS = {(getattr(torch, param), getattr(torch, moments)) for param, moments in _C.combinations()}
+# What a param of a dtype, kept so, may have: (moments, rounding).
+_COMBINATIONS = {(getattr(torch, param), getattr(torch, moments)) for param, moments, _, _ in _C.combinations()}
 
 
 def runs_in_kernel(param: Tensor) -> bool:
@@ -40,7 +45,36 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         key: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         for key in keys
     }
-    return {"step": torch.zeros((), dtype=torch.float32, device=_step_device(param, group)), **moments}
+    state = {"step": torch.zeros((), dtype=torch.float32, device=_step_device(param, group)), **moments}
+    if key := wanted_master(param, group):
+        state[key] = new_master(param, key)
+    return state
+
+
+def wanted_master(param: Tensor, group: dict[str, Any]) -> str | None:
+    """The state key of the param's master; None where it has none, because of its group or because it is wider than 16
+    bits and so its own.
+
+    Raises:
+        ValueError: no kernel keeps such a master for this param.
+    """
+    mode = group.get("master_weights")
+    if mode is None or param.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+        return None
+    takes = (torch.bfloat16, torch.float16) if mode == "fp32" else (torch.bfloat16,)
+    if param.dtype in takes and runs_in_kernel(param):
+        return _MASTER_KEYS[mode]
+    raise ValueError(
+        f"master_weights={mode!r} has no kernel for a {param.dtype} param on {param.device} "
+        f"of type {torch.typename(param)}"
+    )
+
+
+def new_master(param: Tensor, key: str) -> Tensor:
+    """A master that is the param's present value."""
+    if key == "param_remainder":
+        return torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format, requires_grad=False)
+    return _laid_out_copy(param.detach(), param, torch.float32)
 
 
 def wanted_moment_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype | None:
@@ -71,19 +105,26 @@ def misfits(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list
         moment = state.get(key)
         if _is_moment(moment, param) and _within_storage(moment) and not _laid_out_as(moment, param):
             keys.append(key)
+    if master := wanted_master(param, group):
+        value = state.get(master)
+        misplaced = _is_master(value, param, master) and _within_storage(value) and not _laid_out_as(value, param)
+        if value is None or misplaced:
+            keys.append(master)
     return keys
 
 
 def conform_state(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
     """Bring equal values into the form that the kernel takes: a float32 ``step`` where the group's flags have it,
-    moments laid out as the param.
+    moments and master laid out as the param, and the master that ``master_weights`` asks for.
 
     Other shapes and dtypes are left alone, for the kernel's checks to refuse.
     """
     for key in misfits(param, state, group):
-        value = state[key]
+        value = state.get(key)
         if key == "step":
             state[key] = _new_step(value, _step_device(param, group))
+        elif value is None:
+            state[key] = _converted_master(param, state, key)
         else:
             state[key] = _laid_out_copy(value, param, value.dtype)
 
@@ -105,6 +146,35 @@ def carry_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         for index, items in state_dict["state"].items()
     }
     return {**state_dict, "state": carried}
+
+
+def _converted_master(param: Tensor, state: dict[str, Any], key: str) -> Tensor:
+    """The master under another key, in the form of this one; the param's present value where there is none."""
+    master, remainder = state.get("master_param"), state.get("param_remainder")
+    if key == "master_param" and _is_master(remainder, param, "param_remainder"):
+        return _laid_out_copy(_whole_master(param, remainder), param, torch.float32)
+    if key == "param_remainder" and _is_master(master, param, "master_param"):
+        return _laid_out_copy(_taken_apart(param, master), param, torch.int16)
+    return new_master(param, key)
+
+
+def _whole_master(param: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 master of a param and its remainder. Its low 16 bits are the remainder in any case, so that a param
+    whose value is loaded only later finds it there."""
+    master = _C.join_master(param, remainder)
+    rest = remainder.cpu().contiguous()
+    beside = (param.detach().cpu().contiguous().view(torch.int16).int() << 16) | (rest.int() & 0xFFFF)
+    return torch.where(master.view(torch.int32).short() == rest, master, beside.view(torch.float32))
+
+
+def _taken_apart(param: Tensor, master: Tensor) -> Tensor:
+    """The remainder of a master. A param that shows it rounded half to even, as others round, is made to show it as
+    ``split`` does: the two are equally near."""
+    high, low = _C.split_master(master)
+    shown = param.detach().cpu()
+    is_rounded_to_even = shown == master.cpu().to(param.dtype)
+    param.detach().copy_(torch.where(is_rounded_to_even, high, shown))
+    return low
 
 
 class StateLoad:
@@ -142,6 +212,21 @@ class StateLoad:
                     f"loaded state {key!r} of {name} must be {_describe(param)} (any floating point precision), "
                     f"but is {_describe(self._loaded[key])}"
                 )
+        self._master = wanted_master(param, group)
+        for key in MASTERS:
+            if key not in self._loaded:
+                continue
+            value = self._loaded[key]
+            if self._master is None:
+                raise ValueError(
+                    f"loaded state {key!r} of {name} is a master weight, but master_weights of its group is "
+                    f"{group.get('master_weights')!r} and its dtype {param.dtype}"
+                )
+            if not _is_master(value, param, key):
+                raise ValueError(
+                    f"loaded state {key!r} of {name} must be a {MASTERS[key]} tensor of shape {tuple(param.shape)}, "
+                    f"but is {_describe(value)}"
+                )
         for key, value in self._loaded.items():
             shared = isinstance(value, Tensor) and _storage_address(value) in live
             if shared and value is not existing.get(key):
@@ -149,7 +234,17 @@ class StateLoad:
 
     def apply(self) -> dict[str, Any]:
         """The new state; writes into tensors of the existing one."""
-        return {key: self._load(key, value) for key, value in self._loaded.items()}
+        state = {key: self._load(key, value) for key, value in self._loaded.items() if key not in MASTERS}
+        if self._master is not None and any(key in self._loaded for key in MASTERS):
+            state[self._master] = self._load_master(self._master)
+        return state
+
+    def _load_master(self, key: str) -> Tensor:
+        value = self._loaded[key] if key in self._loaded else _converted_master(self._param, self._loaded, key)
+        existing = self._existing.get(key)
+        if _is_master(existing, self._param, key):
+            return existing.copy_(value)
+        return _laid_out_copy(value, self._param, MASTERS[key])
 
     def _load(self, key: str, value: Any) -> Any:
         existing = self._existing.get(key)
@@ -203,6 +298,14 @@ def _is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
         and value.layout == param.layout
         and value.is_complex() == param.is_complex()
         and (value.is_floating_point() or value.is_complex())
+        and (param.is_meta or not value.is_meta)
+    )
+
+
+def _is_master(value: Any, param: Tensor, key: str) -> TypeGuard[Tensor]:
+    return (
+        isinstance(value, Tensor)
+        and (value.shape, value.dtype, value.layout) == (param.shape, MASTERS[key], param.layout)
         and (param.is_meta or not value.is_meta)
     )
 

@@ -11,7 +11,11 @@ from torch import Tensor
 from adamw_ext import _C, functional
 
 # (param dtype, moment dtype) of every combination that has a kernel, and the levels that this processor can run.
-COMBINATIONS = [(getattr(torch, param), getattr(torch, moment)) for param, moment in _C.combinations()]
+COMBINATIONS = [
+    (getattr(torch, param), getattr(torch, moment))
+    for param, moment, master, rounding in _C.combinations()
+    if (master, rounding) == ("none", "nearest")
+]
 ISA_LEVELS = _C.isa_levels()
 
 # A complex tensor is updated as its real view: same kernels, two numbers an element.

@@ -9,6 +9,7 @@
 
 #include "dtypes.h"
 #include "hyper.h"
+#include "norm.h"
 #include "portable.h"
 
 namespace adamw_ext {
@@ -67,24 +68,28 @@ struct Scaling {
   ADAMW_EXT_HD double unscale() const { return grad_scale != nullptr ? 1.0 / *grad_scale : 1.0; }
 };
 
-// The params that a step advances, and what they advance with.
+// The params that a step advances, and what they advance with. Where the host has counted there are no entries, but
+// clipping all the same.
 struct StepTable {
   const StepEntry* entries;
   std::int64_t entry_count;
   const HyperSource* sources;
   Scaling scaling;
   Scalars* scalars;
-  std::int64_t* skipped;  // counts the steps that found_inf skips; null: nobody does
+  std::int64_t* skipped;   // counts the steps that found_inf skips; null: nobody does
+  double* sum_of_squares;  // of all unscaled gradients, where they are to be clipped, else null
 };
 
 // Counts the update and returns its scalars. A step that is no count (negative, NaN) shows as numbers that are not
 // finite.
-ADAMW_EXT_HD inline Scalars advance(float& step, const HyperSource& source, const Scaling& scaling) {
+ADAMW_EXT_HD inline Scalars advance(float& step, const HyperSource& source, const Scaling& scaling,
+                                    const double* sum_of_squares) {
   constexpr float largest_count = 9007199254740992.0f;  // 2**53
   const std::int64_t done = step >= 0.0f && step < largest_count ? static_cast<std::int64_t>(step) : -1;
-  const double unscale = scaling.unscale();
   step += 1.0f;
-  return compute_scalars(source.read(), done + 1, source.maximize ? -unscale : unscale);
+  Scalars scalars = compute_scalars(source.read(), done + 1, scaling.unscale(), source.maximize);
+  if (sum_of_squares != nullptr) clip(scalars, *sum_of_squares);
+  return scalars;
 }
 
 }  // namespace adamw_ext

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "portable.h"
 
@@ -123,27 +124,69 @@ ADAMW_EXT_HD constexpr int size_of(DType dtype) {
   return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
 }
 
-// Every supported combination, as X(index, type of the param, type of both moments). Instantiations, checks and
-// messages are made from this list and nowhere else.
-#define ADAMW_EXT_FOR_EACH_COMBINATION(X) \
-  X(0, float64, float64)                  \
-  X(1, float32, float32)                  \
-  X(2, float32, bfloat16)                 \
-  X(3, bfloat16, bfloat16)                \
-  X(4, bfloat16, float32)                 \
-  X(5, float16, float16)                  \
-  X(6, float16, float32)                  \
-  X(7, float16, bfloat16)
+// What a param's value is kept in: the param itself, a float32 beside it, or the 16 bits that a bfloat16 param lacks of
+// a float32.
+enum class Master : std::uint8_t { none, float32, remainder };
 
-constexpr int combination_count = 8;
+// How params (without a master) and moments in bfloat16 are rounded.
+enum class Rounding : std::uint8_t { nearest, stochastic };
+
+// Every supported combination, as X(index, type of the param, type of both moments, master, rounding). Instantiations,
+// checks and messages are made from this list and nowhere else.
+#define ADAMW_EXT_FOR_EACH_COMBINATION(X)        \
+  X(0, float64, float64, none, nearest)          \
+  X(1, float32, float32, none, nearest)          \
+  X(2, float32, bfloat16, none, nearest)         \
+  X(3, bfloat16, bfloat16, none, nearest)        \
+  X(4, bfloat16, float32, none, nearest)         \
+  X(5, float16, float16, none, nearest)          \
+  X(6, float16, float32, none, nearest)          \
+  X(7, float16, bfloat16, none, nearest)         \
+  X(8, bfloat16, bfloat16, float32, nearest)     \
+  X(9, bfloat16, float32, float32, nearest)      \
+  X(10, float16, float16, float32, nearest)      \
+  X(11, float16, float32, float32, nearest)      \
+  X(12, float16, bfloat16, float32, nearest)     \
+  X(13, bfloat16, bfloat16, remainder, nearest)  \
+  X(14, bfloat16, float32, remainder, nearest)   \
+  X(15, float32, bfloat16, none, stochastic)     \
+  X(16, bfloat16, bfloat16, none, stochastic)    \
+  X(17, bfloat16, float32, none, stochastic)     \
+  X(18, bfloat16, bfloat16, float32, stochastic) \
+  X(19, float16, bfloat16, float32, stochastic)  \
+  X(20, bfloat16, bfloat16, remainder, stochastic)
+
+constexpr int combination_count = 21;
+
+// One combination as a type.
+template <class ParamStorage, class MomentStorage, Master master_, Rounding rounding_>
+struct Combination {
+  using Param = ParamStorage;
+  using Moment = MomentStorage;
+  using T = typename compute_type<Param>::type;
+  static constexpr Master master = master_;
+  static constexpr bool has_master = master != Master::none;
+  static constexpr bool is_stochastic = rounding_ == Rounding::stochastic;
+  static constexpr bool rounds_param_at_random = is_stochastic && !has_master && sizeof(Param) == 2;
+  static constexpr bool rounds_moments_at_random = is_stochastic && sizeof(Moment) == 2;
+  using MasterStorage = typename std::conditional<master == Master::remainder, std::uint16_t, float>::type;
+};
+
+#define ADAMW_EXT_COMBINATION(param, moments, master, rounding) \
+  Combination<storage::param, storage::moments, Master::master, Rounding::rounding>
 
 // Which gradients a param may have: a float64 one float64, all others any of the shorter types.
 constexpr bool takes_grad(DType param, DType grad) { return (param == DType::float64) == (grad == DType::float64); }
 
-// The index of a combination in the list, or -1.
-inline int find_combination(DType param, DType moments) {
-#define ADAMW_EXT_MATCH(index, param_type, moment_type) \
-  if (param == DType::param_type && moments == DType::moment_type) return index;
+// The index of a combination in the list, or -1. Stochastic rounding asks for nothing where nothing has 16 bits.
+inline int find_combination(DType param, DType moments, Master master, Rounding rounding) {
+  const DType kept = master == Master::none ? param : DType::float32;
+  if (size_of(kept) > 2 && size_of(moments) > 2) rounding = Rounding::nearest;
+#define ADAMW_EXT_MATCH(index, param_type, moment_type, master_kind, rounding_kind)                   \
+  if (param == DType::param_type && moments == DType::moment_type && master == Master::master_kind && \
+      rounding == Rounding::rounding_kind) {                                                          \
+    return index;                                                                                     \
+  }
   ADAMW_EXT_FOR_EACH_COMBINATION(ADAMW_EXT_MATCH)
 #undef ADAMW_EXT_MATCH
   return -1;

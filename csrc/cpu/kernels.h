@@ -16,8 +16,15 @@
 
 namespace adamw_ext::cpu {
 
+// The random words of elements, from an entry's first one on; null unless the combination rounds at random.
+struct RandomWords {
+  const std::uint32_t* first;
+  const std::uint32_t* second;
+};
+
 // Updates elements [begin, end) of one entry.
-using UpdateKernel = void (*)(const TensorEntry& entry, const Scalars& scalars, std::int64_t begin, std::int64_t end);
+using UpdateKernel = void (*)(const TensorEntry& entry, const Scalars& scalars, const RandomWords& random,
+                              std::int64_t begin, std::int64_t end);
 
 // Multiplies elements [begin, end) of one entry's gradient by `factor`, in place.
 using UnscaleKernel = void (*)(const TensorEntry& entry, double factor, std::int64_t begin, std::int64_t end);
@@ -25,11 +32,20 @@ using UnscaleKernel = void (*)(const TensorEntry& entry, double factor, std::int
 // Widens elements [begin, end) of one entry's 16-bit gradient to float, into wide[0] and on.
 using WidenKernel = void (*)(const TensorEntry& entry, float* wide, std::int64_t begin, std::int64_t end);
 
+// Writes the first and second words of the elements of `blocks` blocks.
+using RandomKernel = void (*)(const RandomKey& key, std::uint64_t first_block, std::int64_t blocks,
+                              std::uint32_t* first, std::uint32_t* second);
+
+// Adds the squares of a piece's `count` elements to its accumulators.
+using SquareKernel = void (*)(const void* grad, std::int64_t count, double* accumulators);
+
 struct KernelSet {
-  UpdateKernel update[combination_count][2];       // by combination and amsgrad; gradients of the param's type
+  UpdateKernel update[combination_count][2];       // by combination and amsgrad; gradients of the param's type; or null
   UpdateKernel update_wide[combination_count][2];  // gradients of the type that the arithmetic runs in
   UnscaleKernel unscale[dtype_count];              // by the gradient's type
   WidenKernel widen[dtype_count];                  // null for types that need none
+  RandomKernel fill_random_words;
+  SquareKernel add_squares[dtype_count];  // by the gradient's type
 };
 
 namespace baseline {

@@ -1,3 +1,4 @@
+#include "../core/rounding.h"
 #include "../core/update.h"
 #include "kernels.h"
 

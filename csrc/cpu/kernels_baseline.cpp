@@ -1,4 +1,5 @@
 // What every processor of the architecture runs: SSE2 on x86-64, NEON on ARM.
+#include "../core/rounding.h"
 #include "../core/update.h"
 #include "kernels.h"
 

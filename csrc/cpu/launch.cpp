@@ -24,48 +24,86 @@ std::int64_t choose_units_per_chunk(const Table& table, const LaunchOptions& opt
   return std::clamp(table.unit_count / (options.threads * chunks_per_thread), min_units_per_chunk, max_units_per_chunk);
 }
 
-struct DTypes {
+struct Sizes {
   DType param;
-  std::size_t param_size;
-  std::size_t moment_size;
+  int param_size;
+  int moment_size;
+  int master_size;
+  bool is_stochastic;
 };
 
-constexpr DTypes dtypes_of[combination_count] = {
-#define ADAMW_EXT_DTYPES(index, param, moment) {DType::param, sizeof(storage::param), sizeof(storage::moment)},
-    ADAMW_EXT_FOR_EACH_COMBINATION(ADAMW_EXT_DTYPES)
-#undef ADAMW_EXT_DTYPES
+template <class C>
+constexpr Sizes sizes_of(DType param) {
+  return {param, sizeof(typename C::Param), sizeof(typename C::Moment), sizeof(typename C::MasterStorage),
+          C::is_stochastic};
+}
+
+constexpr Sizes sizes[combination_count] = {
+#define ADAMW_EXT_SIZES(index, param, ...) sizes_of<ADAMW_EXT_COMBINATION(param, __VA_ARGS__)>(DType::param),
+    ADAMW_EXT_FOR_EACH_COMBINATION(ADAMW_EXT_SIZES)
+#undef ADAMW_EXT_SIZES
 };
 
-// The same entry from element `begin` on, with another gradient.
-TensorEntry advanced(const TensorEntry& entry, std::int64_t begin, float* grad) {
-  const auto [param, param_size, moment_size] = dtypes_of[entry.combination];
-  const auto from = [&](void* pointer, std::size_t size) -> void* {
-    return pointer == nullptr ? nullptr : static_cast<char*>(pointer) + begin * static_cast<std::int64_t>(size);
+// The same entry from element `begin` on.
+TensorEntry advanced(const TensorEntry& entry, std::int64_t begin) {
+  const Sizes& size = sizes[entry.combination];
+  const auto from = [&](void* pointer, std::int64_t bytes) -> void* {
+    return pointer == nullptr ? nullptr : static_cast<char*>(pointer) + begin * bytes;
   };
   TensorEntry rest = entry;
-  rest.param = from(entry.param, param_size);
-  rest.grad = grad;
-  rest.exp_avg = from(entry.exp_avg, moment_size);
-  rest.exp_avg_sq = from(entry.exp_avg_sq, moment_size);
-  rest.max_exp_avg_sq = from(entry.max_exp_avg_sq, moment_size);
+  rest.param = from(entry.param, size.param_size);
+  rest.grad = from(entry.grad, size_of(entry.grad_dtype));
+  rest.exp_avg = from(entry.exp_avg, size.moment_size);
+  rest.exp_avg_sq = from(entry.exp_avg_sq, size.moment_size);
+  rest.max_exp_avg_sq = from(entry.max_exp_avg_sq, size.moment_size);
+  rest.master = from(entry.master, size.master_size);
+  rest.element_number += static_cast<std::uint64_t>(begin);
   return rest;
 }
 
-// Updates elements [begin, end) with a gradient of any type. Loops exist for the param's own type and for float; other
-// gradients are widened piece by piece, in the first-level cache.
+// What an update needs beside the tensors, made piece by piece in the first-level cache.
+class Piece {
+ public:
+  static constexpr std::int64_t elements = 1024;
+
+  // The gradient as floats.
+  float* widen(const KernelSet& kernels, const TensorEntry& entry, std::int64_t count) {
+    kernels.widen[static_cast<int>(entry.grad_dtype)](entry, grad_, 0, count);
+    return grad_;
+  }
+
+  RandomWords fill(const KernelSet& kernels, const TensorEntry& entry, std::int64_t count, const RandomKey& key) {
+    const std::uint64_t first = entry.element_number / elements_per_block;
+    const std::uint64_t last = (entry.element_number + static_cast<std::uint64_t>(count) - 1) / elements_per_block;
+    kernels.fill_random_words(key, first, static_cast<std::int64_t>(last - first + 1), first_words_, second_words_);
+    const std::uint64_t skipped = entry.element_number % elements_per_block;
+    return {first_words_ + skipped, second_words_ + skipped};
+  }
+
+ private:
+  alignas(64) float grad_[elements];
+  alignas(64) std::uint32_t first_words_[elements + elements_per_block];
+  alignas(64) std::uint32_t second_words_[elements + elements_per_block];
+};
+
+// Updates elements [begin, end) with a gradient of any type. Loops exist for float gradients and for those of the
+// param's own type; other gradients are widened.
 void update(const KernelSet& kernels, const TensorEntry& entry, const Scalars& scalars, std::int64_t begin,
             std::int64_t end) {
-  if (entry.grad_dtype == dtypes_of[entry.combination].param) {
-    return kernels.update[entry.combination][entry.amsgrad](entry, scalars, begin, end);
-  }
-  const UpdateKernel update_wide = kernels.update_wide[entry.combination][entry.amsgrad];
-  if (entry.grad_dtype == DType::float32) return update_wide(entry, scalars, begin, end);
-  constexpr std::int64_t piece = 1024;
-  alignas(64) float wide[piece];
-  for (; begin < end; begin += piece) {
-    const std::int64_t stop = std::min(begin + piece, end);
-    kernels.widen[static_cast<int>(entry.grad_dtype)](entry, wide, begin, stop);
-    update_wide(advanced(entry, begin, wide), scalars, 0, stop - begin);
+  const Sizes& size = sizes[entry.combination];
+  const UpdateKernel own = kernels.update[entry.combination][entry.amsgrad];
+  const UpdateKernel wide = kernels.update_wide[entry.combination][entry.amsgrad];
+  if (own != nullptr && entry.grad_dtype == size.param) return own(entry, scalars, {}, begin, end);
+  const bool is_wide = size_of(entry.grad_dtype) > 2;
+  if (is_wide && !size.is_stochastic) return wide(entry, scalars, {}, begin, end);
+  Piece piece;
+  for (; begin < end; begin += Piece::elements) {
+    const std::int64_t count = std::min(Piece::elements, end - begin);
+    TensorEntry rest = advanced(entry, begin);
+    if (!is_wide) rest.grad = piece.widen(kernels, rest, count);
+    RandomWords random{};
+    if (size.is_stochastic) random = piece.fill(kernels, rest, count, scalars.in_float.random);
+    wide(rest, scalars, random, 0, count);
   }
 }
 
@@ -76,32 +114,63 @@ std::atomic<bool> in_forked_child{false};
 const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
 #endif
 
+int threads_for(const Table& table, const LaunchOptions& options, std::int64_t tasks) {
+  if (table.unit_count < min_parallel_units || in_forked_child) return 1;
+  return static_cast<int>(std::min<std::int64_t>(options.threads, tasks));
+}
+
+// Calls task(i) for each i below `tasks`, once. Threads take the next one when they are done with one, so a thread
+// that the system holds up delays one task.
+template <class Task>
+void share_out(std::int64_t tasks, int threads, const Task& task) {
+  std::atomic<std::int64_t> next{0};
+  const auto work = [&] {
+    for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);
+  };
+  if (threads <= 1) return work();
+#pragma omp parallel num_threads(threads)
+  work();
+}
+
 }  // namespace
 
 void launch(const Table& table, const LaunchOptions& options) noexcept {
   const KernelSet& kernels = kernels_of(options.isa);
   const std::int64_t units_per_chunk = choose_units_per_chunk(table, options);
-  const std::int64_t chunk_count = (table.unit_count + units_per_chunk - 1) / units_per_chunk;
-
+  const std::int64_t chunks = (table.unit_count + units_per_chunk - 1) / units_per_chunk;
   const auto update_segment = [&](const TensorEntry& entry, std::int64_t begin, std::int64_t end) {
     update(kernels, entry, table.scalars[entry.scalars], begin, end);
     const int grad = static_cast<int>(entry.grad_dtype);
     if (options.unscale != 1.0) kernels.unscale[grad](entry, options.unscale, begin, end);
   };
+  share_out(chunks, threads_for(table, options, chunks), [&](std::int64_t chunk) {
+    const std::int64_t begin = chunk * units_per_chunk;
+    const std::int64_t end = std::min(begin + units_per_chunk, table.unit_count);
+    for_each_segment(table.entries, table.entry_count, begin, end, update_segment);
+  });
+}
 
-  // Threads take the next chunk when they are done with one, so a thread that the system holds up delays one chunk.
-  std::atomic<std::int64_t> next_chunk{0};
-  const auto work = [&] {
-    for (std::int64_t chunk; (chunk = next_chunk.fetch_add(1, std::memory_order_relaxed)) < chunk_count;) {
-      const std::int64_t begin = chunk * units_per_chunk;
-      for_each_segment(table, begin, std::min(begin + units_per_chunk, table.unit_count), update_segment);
-    }
+double sum_squares(const Table& table, const LaunchOptions& options, double* sums) noexcept {
+  const KernelSet& kernels = kernels_of(options.isa);
+  constexpr std::int64_t pieces_per_task = 8;
+  const std::int64_t tasks = (table.piece_count + pieces_per_task - 1) / pieces_per_task;
+  const auto sum_piece = [&](const TensorEntry& entry, std::int64_t begin, std::int64_t end) {
+    alignas(64) double accumulators[piece_width] = {};
+    const void* grad = static_cast<const char*>(entry.grad) + begin * size_of(entry.grad_dtype);
+    kernels.add_squares[static_cast<int>(entry.grad_dtype)](grad, end - begin, accumulators);
+    for (int half = piece_width / 2; half > 0; half /= 2) fold(accumulators, half, 0, 1);
+    return accumulators[0];
   };
-
-  const int threads = static_cast<int>(std::min<std::int64_t>(options.threads, chunk_count));
-  if (threads <= 1 || table.unit_count < min_parallel_units || in_forked_child) return work();
-#pragma omp parallel num_threads(threads)
-  work();
+  share_out(tasks, threads_for(table, options, tasks), [&](std::int64_t task) {
+    const std::int64_t end = std::min((task + 1) * pieces_per_task, table.piece_count);
+    for (std::int64_t piece = task * pieces_per_task; piece < end; ++piece) {
+      visit_piece(table.entries, table.entry_count, piece,
+                  [&](const TensorEntry& entry, std::int64_t from, std::int64_t to) {
+                    sums[piece] = sum_piece(entry, from, to);
+                  });
+    }
+  });
+  return add_up(sums, table.piece_count);
 }
 
 }  // namespace adamw_ext::cpu

@@ -18,4 +18,7 @@ struct LaunchOptions {
 // Updates every element of the table. The bits do not depend on isa, threads or units_per_chunk.
 void launch(const Table& table, const LaunchOptions& options) noexcept;
 
+// The sum of the squares of all gradients of the table, as norm.h orders it. sums: memory for one of each piece.
+double sum_squares(const Table& table, const LaunchOptions& options, double* sums) noexcept;
+
 }  // namespace adamw_ext::cpu

@@ -9,8 +9,10 @@
 #include <cstdint>
 
 #include "../core/dtypes.h"
+#include "../core/rounding.h"
 #include "../core/table.h"
 #include "../core/update.h"
+#include "entry.h"
 
 namespace adamw_ext::cuda {
 
@@ -79,64 +81,90 @@ struct Cut {
   };
 };
 
-template <int count, class Storage, class T>
-ADAMW_EXT_HD ADAMW_EXT_INLINE void load_packet(const Storage* from, bool aligned, T (&to)[count]) {
+// Calls visit(k, element) for each element of a packet.
+template <int count, class Storage, class Visit>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void load_packet(const Storage* from, bool aligned, const Visit& visit) {
   using C = Cut<Storage, count>;
   if (count > 1 && aligned) {
     ADAMW_EXT_UNROLL
     for (int i = 0; i < C::vectors; ++i) {
       const auto elements = bit_cast<typename C::Elements>(load_vector<C::vector>(from, i));
       ADAMW_EXT_UNROLL
-      for (int k = 0; k < C::per_vector; ++k) to[i * C::per_vector + k] = load(elements.values[k]);
+      for (int k = 0; k < C::per_vector; ++k) visit(i * C::per_vector + k, elements.values[k]);
     }
   } else {
     ADAMW_EXT_UNROLL
-    for (int i = 0; i < count; ++i) to[i] = load(from[i]);
+    for (int i = 0; i < count; ++i) visit(i, from[i]);
   }
 }
 
-template <int count, class Storage, class T>
-ADAMW_EXT_HD ADAMW_EXT_INLINE void store_packet(Storage* to, bool aligned, const T (&from)[count]) {
+// Stores make(k) as element k of a packet.
+template <int count, class Storage, class Make>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void store_packet(Storage* to, bool aligned, const Make& make) {
   using C = Cut<Storage, count>;
   if (count > 1 && aligned) {
     ADAMW_EXT_UNROLL
     for (int i = 0; i < C::vectors; ++i) {
       typename C::Elements elements;
       ADAMW_EXT_UNROLL
-      for (int k = 0; k < C::per_vector; ++k) store(elements.values[k], from[i * C::per_vector + k]);
+      for (int k = 0; k < C::per_vector; ++k) elements.values[k] = make(i * C::per_vector + k);
       store_vector<C::vector>(to, i, bit_cast<Vector<C::vector>>(elements));
     }
   } else {
     ADAMW_EXT_UNROLL
-    for (int i = 0; i < count; ++i) store(to[i], from[i]);
+    for (int i = 0; i < count; ++i) to[i] = make(i);
   }
+}
+
+template <int count, class Storage, class T>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void load_values(const Storage* from, bool aligned, T (&to)[count]) {
+  load_packet<count>(from, aligned, [&](int k, Storage element) { to[k] = load(element); });
+}
+
+// random: what each element is rounded with, where at_random.
+template <bool at_random, int count, class Storage, class T>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void store_values(Storage* to, bool aligned, const T (&from)[count],
+                                                const std::uint32_t (&random)[count]) {
+  store_packet<count>(to, aligned, [&](int k) {
+    Storage element;
+    if constexpr (at_random) {
+      element.bits = static_cast<std::uint16_t>(round_at_random(from[k], random[k]));
+    } else {
+      store(element, from[k]);
+    }
+    return element;
+  });
 }
 
 // Which pointers of an entry allow 16-byte accesses at some element.
 struct Alignment {
-  bool param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq;
+  bool param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master;
 
-  ADAMW_EXT_HD int count() const { return param + grad + exp_avg + exp_avg_sq + max_exp_avg_sq; }
+  ADAMW_EXT_HD int count() const { return param + grad + exp_avg + exp_avg_sq + max_exp_avg_sq + master; }
 };
 
-template <class Param, class Moment, bool amsgrad>
-ADAMW_EXT_HD ADAMW_EXT_INLINE Alignment alignment_at(const TensorEntry& entry, std::int64_t element) {
+template <class C, bool amsgrad>
+ADAMW_EXT_HD ADAMW_EXT_INLINE Alignment alignment_at(const UpdateEntry<C, amsgrad>& entry, std::int64_t element) {
   const auto aligned = [&](const void* pointer, std::size_t size) {
     return (reinterpret_cast<std::uintptr_t>(pointer) + element * size) % vector_bytes == 0;
   };
-  return {aligned(entry.param, sizeof(Param)), aligned(entry.grad, size_of(entry.grad_dtype)),
-          aligned(entry.exp_avg, sizeof(Moment)), aligned(entry.exp_avg_sq, sizeof(Moment)),
-          amsgrad && aligned(entry.max_exp_avg_sq, sizeof(Moment))};
+  constexpr std::size_t moment_size = sizeof(typename C::Moment);
+  return {aligned(entry.param, sizeof(typename C::Param)),
+          aligned(entry.grad, size_of(entry.grad_type())),
+          aligned(entry.exp_avg, moment_size),
+          aligned(entry.exp_avg_sq, moment_size),
+          amsgrad && aligned(entry.max_exp_avg_sq(), moment_size),
+          C::has_master && aligned(entry.master(), sizeof(typename C::MasterStorage))};
 }
 
 // How many elements to leave before the first packet, so that most pointers allow 16-byte accesses from there on.
-template <class Param, class Moment, bool amsgrad, int lanes>
-ADAMW_EXT_HD ADAMW_EXT_INLINE int choose_head(const TensorEntry& entry) {
-  constexpr int pointers = amsgrad ? 5 : 4;
+template <int lanes, class C, bool amsgrad>
+ADAMW_EXT_HD ADAMW_EXT_INLINE int choose_head(const UpdateEntry<C, amsgrad>& entry) {
+  constexpr int pointers = 4 + amsgrad + C::has_master;
   int best = 0;
   int most = 0;
   for (int head = 0; head < lanes && most < pointers; ++head) {
-    const int count = alignment_at<Param, Moment, amsgrad>(entry, head).count();
+    const int count = alignment_at(entry, head).count();
     if (count > most) {
       most = count;
       best = head;
@@ -145,17 +173,18 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE int choose_head(const TensorEntry& entry) {
   return best;
 }
 
-// Calls visit with the gradient's pointer at element `index`, as a pointer to what it points to.
-template <class Param, class Visit>
-ADAMW_EXT_HD ADAMW_EXT_INLINE void visit_grad(const TensorEntry& entry, std::int64_t index, const Visit& visit) {
-  if constexpr (sizeof(Param) == sizeof(double)) {
-    visit(static_cast<double*>(entry.grad) + index);
-  } else if (entry.grad_dtype == DType::float32) {
-    visit(static_cast<float*>(entry.grad) + index);
-  } else if (entry.grad_dtype == DType::bfloat16) {
-    visit(static_cast<bfloat16*>(entry.grad) + index);
+// Calls visit with the gradient's pointer at element `index`, as a pointer to what it points to. T: what the arithmetic
+// runs in.
+template <class T, class Visit>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void visit_grad(void* grad, DType dtype, std::int64_t index, const Visit& visit) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    visit(static_cast<double*>(grad) + index);
+  } else if (dtype == DType::float32) {
+    visit(static_cast<float*>(grad) + index);
+  } else if (dtype == DType::bfloat16) {
+    visit(static_cast<bfloat16*>(grad) + index);
   } else {
-    visit(static_cast<float16*>(entry.grad) + index);
+    visit(static_cast<float16*>(grad) + index);
   }
 }
 
@@ -166,20 +195,54 @@ struct UpdateOptions {
   bool writes_grads;  // gradients are unscaled in place
 };
 
-template <class Param, class Moment, bool amsgrad, int lanes, class T>
-ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const TensorEntry& entry, std::int64_t index, Alignment aligned,
-                                                 const UpdateOptions<T>& options) {
+// What the elements of a packet are rounded with.
+template <int lanes>
+struct PacketBits {
+  std::uint32_t param[lanes], exp_avg[lanes], exp_avg_sq[lanes], max_exp_avg_sq[lanes];
+
+  ADAMW_EXT_HD ADAMW_EXT_INLINE void fill(const RandomKey& key, std::uint64_t element_number) {
+    RandomBlock block{};
+    ADAMW_EXT_UNROLL
+    for (int lane = 0; lane < lanes; ++lane) {
+      const std::uint64_t number = element_number + lane;
+      const bool is_odd = number % elements_per_block != 0;
+      if (lane == 0 || !is_odd) block = random_block(key, number / elements_per_block);
+      const RandomBits bits =
+          is_odd ? random_bits(block.words[2], block.words[3]) : random_bits(block.words[0], block.words[1]);
+      param[lane] = bits.param;
+      exp_avg[lane] = bits.exp_avg;
+      exp_avg_sq[lane] = bits.exp_avg_sq;
+      max_exp_avg_sq[lane] = bits.max_exp_avg_sq;
+    }
+  }
+};
+
+template <int lanes, class C, bool amsgrad>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const UpdateEntry<C, amsgrad>& entry, std::int64_t index,
+                                                 Alignment aligned, const UpdateOptions<typename C::T>& options) {
+  using T = typename C::T;
+  using Param = typename C::Param;
+  using Moment = typename C::Moment;
+  using MasterStorage = typename C::MasterStorage;
   Param* const param = static_cast<Param*>(entry.param) + index;
+  MasterStorage* const master = C::has_master ? static_cast<MasterStorage*>(entry.master()) + index : nullptr;
   Moment* const exp_avg = static_cast<Moment*>(entry.exp_avg) + index;
   Moment* const exp_avg_sq = static_cast<Moment*>(entry.exp_avg_sq) + index;
-  Moment* const max_exp_avg_sq = amsgrad ? static_cast<Moment*>(entry.max_exp_avg_sq) + index : nullptr;
+  Moment* const max_exp_avg_sq = amsgrad ? static_cast<Moment*>(entry.max_exp_avg_sq()) + index : nullptr;
 
   T p[lanes], g[lanes], m[lanes], v[lanes], v_max[lanes] = {};
-  visit_grad<Param>(entry, index, [&](const auto* grad) { load_packet(grad, aligned.grad, g); });
-  load_packet(param, aligned.param, p);
-  load_packet(exp_avg, aligned.exp_avg, m);
-  load_packet(exp_avg_sq, aligned.exp_avg_sq, v);
-  if constexpr (amsgrad) load_packet(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max);
+  visit_grad<T>(entry.grad, entry.grad_type(), index, [&](const auto* grad) { load_values(grad, aligned.grad, g); });
+  if constexpr (C::has_master) {
+    std::uint32_t shown[lanes];
+    load_packet<lanes>(param, aligned.param, [&](int k, Param element) { shown[k] = element.bits; });
+    load_packet<lanes>(master, aligned.master,
+                       [&](int k, MasterStorage element) { p[k] = recall<C>({shown[k], element}); });
+  } else {
+    load_values(param, aligned.param, p);
+  }
+  load_values(exp_avg, aligned.exp_avg, m);
+  load_values(exp_avg_sq, aligned.exp_avg_sq, v);
+  if constexpr (amsgrad) load_values(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max);
   const StepScalars<T>& s = options.scalars;
   ADAMW_EXT_UNROLL
   for (int lane = 0; lane < lanes; ++lane) {
@@ -190,36 +253,48 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const TensorEntry& entry, std::
     v[lane] = e.exp_avg_sq;
     v_max[lane] = e.max_exp_avg_sq;
   }
-  store_packet(param, aligned.param, p);
-  store_packet(exp_avg, aligned.exp_avg, m);
-  store_packet(exp_avg_sq, aligned.exp_avg_sq, v);
-  if constexpr (amsgrad) store_packet(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max);
+  constexpr bool at_random = C::rounds_moments_at_random;
+  PacketBits<lanes> bits;
+  if constexpr (C::is_stochastic) bits.fill(s.random, entry.element_number() + index);
+  if constexpr (C::has_master) {
+    store_packet<lanes>(param, aligned.param,
+                        [&](int k) { return Param{static_cast<std::uint16_t>(keep<C>(p[k]).shown)}; });
+    store_packet<lanes>(master, aligned.master, [&](int k) { return keep<C>(p[k]).stored; });
+  } else {
+    store_values<C::rounds_param_at_random>(param, aligned.param, p, bits.param);
+  }
+  store_values<at_random>(exp_avg, aligned.exp_avg, m, bits.exp_avg);
+  store_values<at_random>(exp_avg_sq, aligned.exp_avg_sq, v, bits.exp_avg_sq);
+  if constexpr (amsgrad) store_values<at_random>(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max, bits.max_exp_avg_sq);
   if (options.writes_grads) {
     ADAMW_EXT_UNROLL
-    for (int lane = 0; lane < lanes; ++lane) g[lane] *= std::fabs(s.grad_factor);
-    visit_grad<Param>(entry, index, [&](auto* grad) { store_packet(grad, aligned.grad, g); });
+    for (int lane = 0; lane < lanes; ++lane) g[lane] *= s.unscale;
+    visit_grad<T>(entry.grad, entry.grad_type(), index,
+                  [&](auto* grad) { store_values<false>(grad, aligned.grad, g, bits.param); });
   }
 }
 
 // Updates the share of thread `thread` of `threads` in elements [begin, end) of one entry. begin: a multiple of 64.
-template <class Param, class Moment, bool amsgrad, class T>
-ADAMW_EXT_HD ADAMW_EXT_INLINE void update_segment(const TensorEntry& entry, std::int64_t begin, std::int64_t end,
-                                                  int thread, int threads, const UpdateOptions<T>& options) {
-  constexpr int lanes = vector_bytes / (sizeof(Param) < sizeof(Moment) ? sizeof(Param) : sizeof(Moment));
-  const int head = choose_head<Param, Moment, amsgrad, lanes>(entry);
-  const Alignment aligned = alignment_at<Param, Moment, amsgrad>(entry, head);
+template <class C, bool amsgrad>
+ADAMW_EXT_HD ADAMW_EXT_INLINE void update_segment(const UpdateEntry<C, amsgrad>& entry, std::int64_t begin,
+                                                  std::int64_t end, int thread, int threads,
+                                                  const UpdateOptions<typename C::T>& options) {
+  constexpr std::size_t param_size = sizeof(typename C::Param), moment_size = sizeof(typename C::Moment);
+  constexpr int lanes = vector_bytes / (param_size < moment_size ? param_size : moment_size);
+  const int head = choose_head<lanes>(entry);
+  const Alignment aligned = alignment_at(entry, head);
   const std::int64_t first = begin + head < end ? begin + head : end;
   const std::int64_t packets = (end - first) / lanes;
   const std::int64_t rest = first + packets * lanes;
   for (std::int64_t i = thread; i < packets; i += threads) {
-    update_packet<Param, Moment, amsgrad, lanes>(entry, first + i * lanes, aligned, options);
+    update_packet<lanes>(entry, first + i * lanes, aligned, options);
   }
   // Both ends together: elements [begin, first) and [rest, end).
   const std::int64_t before = first - begin;
   ADAMW_EXT_NO_UNROLL
   for (std::int64_t i = thread; i < before + (end - rest); i += threads) {
     const std::int64_t index = i < before ? begin + i : rest + (i - before);
-    update_packet<Param, Moment, amsgrad, 1>(entry, index, Alignment{}, options);
+    update_packet<1>(entry, index, Alignment{}, options);
   }
 }
 

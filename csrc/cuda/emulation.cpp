@@ -1,3 +1,8 @@
+// For tests, and large: every combination's kernel is compiled here, so in a third of the time.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O1")
+#endif
+
 #include "emulation.h"
 
 #include "arguments.h"
@@ -7,11 +12,11 @@ namespace adamw_ext::cuda {
 namespace {
 
 struct HostLauncher {
-  template <class Param, class Moment, bool amsgrad, class Arguments>
+  template <class Arguments>
   Error update(const Arguments& arguments, std::int64_t blocks) const {
     for (std::int64_t block = 0; block < blocks; ++block) {
       for (int thread = 0; thread < threads_per_block; ++thread) {
-        update_chunk<Param, Moment, amsgrad>(arguments, block, thread, threads_per_block);
+        update_chunk(arguments.header, arguments.entries, block, thread, threads_per_block);
       }
     }
     return 0;
@@ -32,6 +37,42 @@ struct HostLauncher {
     }
     return 0;
   }
+
+  template <class Arguments>
+  Error norm(const Arguments& arguments) const {
+    double accumulators[piece_width];
+    for (std::int64_t piece = 0; piece < arguments.piece_count; ++piece) {
+      bool any = false;
+      for_each_thread(threads_per_piece, [&](int t) { any = square_share_of(arguments, piece, t, accumulators); });
+      if (!any) continue;
+      fold_all<threads_per_piece>(accumulators, piece_width);
+      finish_piece(arguments, piece, accumulators);
+    }
+    return 0;
+  }
+
+  Error total(const TotalArguments& arguments) const {
+    double accumulators[total_width];
+    bool any = false;
+    for_each_thread(total_width, [&](int t) { any = total_share_of(arguments, t, accumulators); });
+    if (!any) return 0;
+    fold_all<total_width>(accumulators, total_width);
+    finish_total(arguments, accumulators);
+    return 0;
+  }
+
+ private:
+  template <class Body>
+  static void for_each_thread(int threads, const Body& body) {
+    for (int thread = 0; thread < threads; ++thread) body(thread);
+  }
+
+  template <int threads>
+  static void fold_all(double* accumulators, int width) {
+    for (int half = width / 2; half > 0; half /= 2) {
+      for_each_thread(threads, [&](int thread) { fold(accumulators, half, thread, threads); });
+    }
+  }
 };
 
 }  // namespace
@@ -46,7 +87,12 @@ Error emulate_advance(const StepTable& table, const Limits& limits) noexcept {
 }
 
 Error emulate_upload(const Table& table, Scalars* destination, const Limits& limits) noexcept {
-  return pack_upload(table, destination, limits, HostLauncher{});
+  return pack_upload(table, nullptr, destination, limits, HostLauncher{});
+}
+
+Error emulate_norm(const Table& table, const Scaling& scaling, double unscale, double* sums, double* sum_of_squares,
+                   const Limits& limits) noexcept {
+  return pack_norm(table, scaling, unscale, sums, sum_of_squares, limits, HostLauncher{});
 }
 
 Error emulate_update(const Table& table, const UpdateInputs& inputs, const Limits& limits) noexcept {

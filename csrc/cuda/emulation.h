@@ -14,6 +14,9 @@ Error emulate_advance(const StepTable& table, const Limits& limits) noexcept;
 
 Error emulate_upload(const Table& table, Scalars* destination, const Limits& limits) noexcept;
 
+Error emulate_norm(const Table& table, const Scaling& scaling, double unscale, double* sums, double* sum_of_squares,
+                   const Limits& limits) noexcept;
+
 Error emulate_update(const Table& table, const UpdateInputs& inputs, const Limits& limits) noexcept;
 
 }  // namespace adamw_ext::cuda

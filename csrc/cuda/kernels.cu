@@ -8,10 +8,10 @@
 namespace adamw_ext::cuda {
 namespace {
 
-template <class Param, class Moment, bool amsgrad, class Arguments>
+template <class Arguments>
 __global__ void __launch_bounds__(threads_per_block, resident_blocks)
     update_kernel(const __grid_constant__ Arguments arguments) {
-  update_chunk<Param, Moment, amsgrad>(arguments, blockIdx.x, threadIdx.x, threads_per_block);
+  update_chunk(arguments.header, arguments.entries, blockIdx.x, threadIdx.x, threads_per_block);
 }
 
 template <class Arguments>
@@ -22,6 +22,34 @@ __global__ void __launch_bounds__(threads_per_block) advance_kernel(const __grid
 template <class Arguments>
 __global__ void __launch_bounds__(threads_per_block) upload_kernel(const __grid_constant__ Arguments arguments) {
   upload_scalars(arguments, blockIdx.x * threads_per_block + threadIdx.x);
+}
+
+// A warp for each piece.
+static_assert(threads_per_piece == 32, "a piece's threads wait for each other as a warp");
+constexpr int pieces_per_block = threads_per_block / threads_per_piece;
+
+template <class Arguments>
+__global__ void __launch_bounds__(threads_per_block) norm_kernel(const __grid_constant__ Arguments arguments) {
+  __shared__ double accumulators_of[pieces_per_block][piece_width];
+  const int warp = threadIdx.x / threads_per_piece, thread = threadIdx.x % threads_per_piece;
+  double* const accumulators = accumulators_of[warp];
+  const std::int64_t piece = static_cast<std::int64_t>(blockIdx.x) * pieces_per_block + warp;
+  if (!square_share_of(arguments, piece, thread, accumulators)) return;  // all threads of the warp, or none
+  for (int half = piece_width / 2; half > 0; half /= 2) {
+    __syncwarp();
+    fold(accumulators, half, thread, threads_per_piece);
+  }
+  if (thread == 0) finish_piece(arguments, piece, accumulators);
+}
+
+__global__ void __launch_bounds__(total_width) total_kernel(const __grid_constant__ TotalArguments arguments) {
+  __shared__ double accumulators[total_width];
+  if (!total_share_of(arguments, threadIdx.x, accumulators)) return;  // all threads, or none
+  for (int half = total_width / 2; half > 0; half /= 2) {
+    __syncthreads();
+    fold(accumulators, half, threadIdx.x, total_width);
+  }
+  if (threadIdx.x == 0) finish_total(arguments, accumulators);
 }
 
 struct WriteArguments {
@@ -35,10 +63,11 @@ __global__ void __launch_bounds__(threads_per_block) write_kernel(const __grid_c
 
 // A launch's own status: cudaGetLastError would also answer for what others have left behind.
 template <class Arguments>
-Error launch(void (*kernel)(Arguments), const Arguments& arguments, std::int64_t blocks, cudaStream_t stream) {
+Error launch(void (*kernel)(Arguments), const Arguments& arguments, std::int64_t blocks, cudaStream_t stream,
+             int threads = threads_per_block) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads_per_block);
+  config.blockDim = dim3(threads);
   config.stream = stream;
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
@@ -47,9 +76,9 @@ Error launch(void (*kernel)(Arguments), const Arguments& arguments, std::int64_t
 struct StreamLauncher {
   cudaStream_t stream;
 
-  template <class Param, class Moment, bool amsgrad, class Arguments>
+  template <class Arguments>
   Error update(const Arguments& arguments, std::int64_t blocks) const {
-    return launch(update_kernel<Param, Moment, amsgrad, Arguments>, arguments, blocks, stream);
+    return launch(update_kernel<Arguments>, arguments, blocks, stream);
   }
 
   template <class Arguments>
@@ -61,6 +90,14 @@ struct StreamLauncher {
   Error upload(const Arguments& arguments) const {
     return launch(upload_kernel<Arguments>, arguments, blocks_for(arguments.count), stream);
   }
+
+  template <class Arguments>
+  Error norm(const Arguments& arguments) const {
+    const std::int64_t blocks = (arguments.piece_count + pieces_per_block - 1) / pieces_per_block;
+    return launch(norm_kernel<Arguments>, arguments, blocks, stream);
+  }
+
+  Error total(const TotalArguments& arguments) const { return launch(total_kernel, arguments, 1, stream, total_width); }
 };
 
 }  // namespace
@@ -78,24 +115,24 @@ Error load_kernels() noexcept {
     cudaFuncAttributes attributes;
     return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   };
-  const auto load_updates = [&](auto param, auto moment, auto amsgrad) -> Error {
-    using Param = decltype(param);
-    using Moment = decltype(moment);
-    using T = typename compute_type<Param>::type;
-    using Small = UpdateArguments<T, small_arguments>;
-    using Large = UpdateArguments<T, large_arguments>;
-    if (const Error error = load(update_kernel<Param, Moment, decltype(amsgrad)::value, Small>)) return error;
-    return load(update_kernel<Param, Moment, decltype(amsgrad)::value, Large>);
+  const auto load_updates = [&](auto combination, auto amsgrad) -> Error {
+    using C = decltype(combination);
+    constexpr bool is_amsgrad = decltype(amsgrad)::value;
+    if (const Error error = load(update_kernel<UpdateArguments<C, is_amsgrad, small_arguments>>)) return error;
+    return load(update_kernel<UpdateArguments<C, is_amsgrad, large_arguments>>);
   };
-#define ADAMW_EXT_LOAD(index, param, moment)                                                                  \
-  if (const Error error = load_updates(storage::param{}, storage::moment{}, std::false_type{})) return error; \
-  if (const Error error = load_updates(storage::param{}, storage::moment{}, std::true_type{})) return error;
+#define ADAMW_EXT_LOAD(index, ...)                                                                             \
+  if (const Error error = load_updates(ADAMW_EXT_COMBINATION(__VA_ARGS__){}, std::false_type{})) return error; \
+  if (const Error error = load_updates(ADAMW_EXT_COMBINATION(__VA_ARGS__){}, std::true_type{})) return error;
   ADAMW_EXT_FOR_EACH_COMBINATION(ADAMW_EXT_LOAD)
 #undef ADAMW_EXT_LOAD
   if (const Error error = load(advance_kernel<AdvanceArguments<small_arguments>>)) return error;
   if (const Error error = load(advance_kernel<AdvanceArguments<large_arguments>>)) return error;
   if (const Error error = load(upload_kernel<UploadArguments<small_arguments>>)) return error;
   if (const Error error = load(upload_kernel<UploadArguments<large_arguments>>)) return error;
+  if (const Error error = load(norm_kernel<NormArguments<small_arguments>>)) return error;
+  if (const Error error = load(norm_kernel<NormArguments<large_arguments>>)) return error;
+  if (const Error error = load(total_kernel)) return error;
   return load(write_kernel);
 }
 
@@ -103,6 +140,12 @@ Error launch_step(const Table& table, const StepTable& steps, Scalars* device_sc
                   const Limits& limits, void* stream) noexcept {
   const StreamLauncher launcher{static_cast<cudaStream_t>(stream)};
   return pack_step(table, steps, device_scalars, writes_grads, limits, launcher);
+}
+
+Error launch_norm(const Table& table, const Scaling& scaling, double unscale, double* sums, double* sum_of_squares,
+                  const Limits& limits, void* stream) noexcept {
+  const StreamLauncher launcher{static_cast<cudaStream_t>(stream)};
+  return pack_norm(table, scaling, unscale, sums, sum_of_squares, limits, launcher);
 }
 
 Error launch_write(Hyper* mirror, const Hyper& hyper, void* stream) noexcept {

@@ -36,10 +36,16 @@ Error query_limits(int device, Limits& limits) noexcept;
 // late if that is captured, or if memory is short by then.
 Error load_kernels() noexcept;
 
+// Writes the sum of the squares of all unscaled gradients there, unless found_inf says that the step is skipped: a
+// kernel for the sums of pieces, and one that adds them up. sums: memory for one of each piece of the table, whose
+// pieces have been laid out. unscale: where the host knows it, else 1.
+Error launch_norm(const Table& table, const Scaling& scaling, double unscale, double* sums, double* sum_of_squares,
+                  const Limits& limits, void* stream) noexcept;
+
 // A whole step: the scalar kernel, where `steps` has entries (it advances their steps and writes their scalars, unless
-// found_inf says otherwise), or the upload of the table's scalars, where they are too many to travel by value; then the
-// update kernel, one launch for up to 500 entries of one dtype combination. Units need not have been laid out.
-// device_scalars: memory for the scalars of every entry, and for the table's own.
+// found_inf says otherwise), or the upload of the table's scalars, where they are too many to travel by value or are to
+// be clipped; then the update kernel, one launch for up to 500 entries of one dtype combination. Units need not have
+// been laid out. device_scalars: memory for the scalars of every entry, and for the table's own.
 Error launch_step(const Table& table, const StepTable& steps, Scalars* device_scalars, bool writes_grads,
                   const Limits& limits, void* stream) noexcept;
 

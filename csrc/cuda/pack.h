@@ -1,10 +1,12 @@
 // Cuts tables into launches: shared by the launcher, which gives them to a GPU, and the emulation.
 //
-// A launcher is an object with `update`, `advance` and `upload`, which take what the kernel of that name takes.
+// A launcher is an object with `update`, `advance`, `upload`, `norm` and `total`, which take what the kernel of that
+// name takes.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <limits>
 
 #include "arguments.h"
 #include "launch.h"
@@ -17,6 +19,9 @@ constexpr int threads_per_block = 128;
 // architecture (102 are too few for float64 with amsgrad on compute capability 10.0), and 512 threads with 64 bytes of
 // loads each: 32 KB in flight, where 3.35 TB/s and 0.7 microseconds of latency ask for 18 KB on each of 132.
 constexpr int resident_blocks = 4;
+
+// As cudaErrorInvalidValue.
+constexpr Error invalid_value = 1;
 
 // For one thread each.
 constexpr int blocks_for(int count) { return (count + threads_per_block - 1) / threads_per_block; }
@@ -32,56 +37,60 @@ inline std::int64_t choose_units_per_chunk(std::int64_t unit_count, const Limits
 }
 
 // Collects entries into arguments, and launches them when they are full.
-template <class Param, class Moment, bool amsgrad, int bytes, class Launcher>
+template <class C, bool amsgrad, int bytes, class Launcher>
 class UpdatePacker {
-  using T = typename compute_type<Param>::type;
-
  public:
   UpdatePacker(const Table& table, const UpdateInputs& inputs, const Limits& limits, const Launcher& launcher)
       : limits_(limits), launcher_(launcher) {
-    arguments_.device_scalars = inputs.device_scalars;
-    arguments_.found_inf = inputs.found_inf;
-    arguments_.writes_grads = inputs.writes_grads;
+    arguments_.header.device_scalars = inputs.device_scalars;
+    arguments_.header.found_inf = inputs.found_inf;
+    arguments_.header.writes_grads = inputs.writes_grads;
     if (inputs.device_scalars == nullptr) {
-      for (std::int64_t i = 0; i < table.scalars_count; ++i) arguments_.scalars[i] = table.scalars[i].as(T());
+      for (std::int64_t i = 0; i < table.scalars_count; ++i)
+        arguments_.header.scalars[i] = table.scalars[i].as(typename C::T());
     }
     clear();
   }
 
   Error add(const TensorEntry& entry) {
-    if (arguments_.entry_count == arguments_.entry_capacity) {
+    constexpr std::int64_t most_units = std::numeric_limits<std::uint32_t>::max();
+    const std::int64_t units = units_of(entry.numel);
+    if (arguments_.header.entry_count == arguments_.entry_capacity ||
+        arguments_.header.unit_count + units > most_units) {
       if (const Error error = flush()) return error;
+      if (units > most_units) return invalid_value;  // 2**38 elements: no device has them
     }
-    TensorEntry& added = arguments_.entries[arguments_.entry_count++] = entry;
-    added.first_unit = arguments_.unit_count;
-    arguments_.unit_count += units_of(entry.numel);
+    const auto first_unit = static_cast<std::uint32_t>(arguments_.header.unit_count);
+    arguments_.entries[arguments_.header.entry_count++] = UpdateEntry<C, amsgrad>::of(entry, first_unit);
+    arguments_.header.unit_count += units;
     return 0;
   }
 
   Error flush() {
-    if (arguments_.entry_count == 0) return 0;
-    arguments_.units_per_chunk = choose_units_per_chunk(arguments_.unit_count, limits_);
-    const std::int64_t blocks = (arguments_.unit_count + arguments_.units_per_chunk - 1) / arguments_.units_per_chunk;
-    const Error error = launcher_.template update<Param, Moment, amsgrad>(arguments_, blocks);
+    if (arguments_.header.entry_count == 0) return 0;
+    arguments_.header.units_per_chunk = choose_units_per_chunk(arguments_.header.unit_count, limits_);
+    const std::int64_t blocks =
+        (arguments_.header.unit_count + arguments_.header.units_per_chunk - 1) / arguments_.header.units_per_chunk;
+    const Error error = launcher_.update(arguments_, blocks);
     clear();
     return error;
   }
 
  private:
   void clear() {
-    arguments_.entry_count = 0;
-    arguments_.unit_count = 0;
+    arguments_.header.entry_count = 0;
+    arguments_.header.unit_count = 0;
   }
 
   const Limits& limits_;
   const Launcher& launcher_;
-  UpdateArguments<T, bytes> arguments_;
+  UpdateArguments<C, amsgrad, bytes> arguments_;
 };
 
-template <class Param, class Moment, bool amsgrad, int bytes, class Launcher>
+template <class C, bool amsgrad, int bytes, class Launcher>
 Error update_all(int combination, const Table& table, const UpdateInputs& inputs, const Limits& limits,
                  const Launcher& launcher) {
-  UpdatePacker<Param, Moment, amsgrad, bytes, Launcher> packer(table, inputs, limits, launcher);
+  UpdatePacker<C, amsgrad, bytes, Launcher> packer(table, inputs, limits, launcher);
   for (std::int64_t i = 0; i < table.entry_count; ++i) {
     const TensorEntry& entry = table.entries[i];
     if (entry.combination != combination || entry.amsgrad != amsgrad || entry.scalars < 0 || entry.numel == 0) continue;
@@ -93,7 +102,6 @@ Error update_all(int combination, const Table& table, const UpdateInputs& inputs
 // Launches the update of every entry that is part of this step, one dtype combination after the other.
 template <class Launcher>
 Error pack_update(const Table& table, const UpdateInputs& inputs, const Limits& limits, const Launcher& launcher) {
-  constexpr Error invalid_value = 1;
   if (inputs.device_scalars == nullptr && table.scalars_count > scalars_by_value) return invalid_value;
   std::int64_t entries[combination_count][2] = {};
   for (std::int64_t i = 0; i < table.entry_count; ++i) {
@@ -101,20 +109,19 @@ Error pack_update(const Table& table, const UpdateInputs& inputs, const Limits& 
     if (entry.scalars >= 0 && entry.numel > 0) ++entries[entry.combination][entry.amsgrad];
   }
   // Few entries take the small arguments: a launch copies all of its arguments, used or not.
-  const auto update = [&](auto param, auto moment, auto amsgrad, int combination) -> Error {
-    using Param = decltype(param);
-    using Moment = decltype(moment);
-    using T = typename compute_type<Param>::type;
-    const std::int64_t count = entries[combination][amsgrad];
+  const auto update = [&](auto combination, auto amsgrad, int index) -> Error {
+    using C = decltype(combination);
+    constexpr bool is_amsgrad = decltype(amsgrad)::value;
+    const std::int64_t count = entries[index][is_amsgrad];
     if (count == 0) return 0;
-    const bool fits = count <= UpdateArguments<T, small_arguments>::entry_capacity;
+    const bool fits = count <= UpdateArguments<C, is_amsgrad, small_arguments>::entry_capacity;
     return fits || limits.argument_bytes < large_arguments
-               ? update_all<Param, Moment, amsgrad, small_arguments>(combination, table, inputs, limits, launcher)
-               : update_all<Param, Moment, amsgrad, large_arguments>(combination, table, inputs, limits, launcher);
+               ? update_all<C, is_amsgrad, small_arguments>(index, table, inputs, limits, launcher)
+               : update_all<C, is_amsgrad, large_arguments>(index, table, inputs, limits, launcher);
   };
-#define ADAMW_EXT_UPDATE(index, param, moment)                                                                 \
-  if (const Error error = update(storage::param{}, storage::moment{}, std::false_type{}, index)) return error; \
-  if (const Error error = update(storage::param{}, storage::moment{}, std::true_type{}, index)) return error;
+#define ADAMW_EXT_UPDATE(index, ...)                                                                            \
+  if (const Error error = update(ADAMW_EXT_COMBINATION(__VA_ARGS__){}, std::false_type{}, index)) return error; \
+  if (const Error error = update(ADAMW_EXT_COMBINATION(__VA_ARGS__){}, std::true_type{}, index)) return error;
   ADAMW_EXT_FOR_EACH_COMBINATION(ADAMW_EXT_UPDATE)
 #undef ADAMW_EXT_UPDATE
   return 0;
@@ -126,6 +133,7 @@ Error advance_all(const StepTable& table, const Launcher& launcher) {
   arguments.scaling = table.scaling;
   arguments.scalars = table.scalars;
   arguments.skipped = table.skipped;
+  arguments.sum_of_squares = table.sum_of_squares;
   std::int32_t source_count = 0;
   std::int32_t sources[AdvanceArguments<bytes>::source_capacity];
   arguments.entry_count = 0;
@@ -155,8 +163,9 @@ Error pack_advance(const StepTable& table, const Limits& limits, const Launcher&
 }
 
 template <int bytes, class Launcher>
-Error upload_all(const Table& table, Scalars* destination, const Launcher& launcher) {
+Error upload_all(const Table& table, const double* sum_of_squares, Scalars* destination, const Launcher& launcher) {
   UploadArguments<bytes> arguments;
+  arguments.sum_of_squares = sum_of_squares;
   for (std::int64_t begin = 0; begin < table.scalars_count; begin += arguments.scalars_capacity) {
     const std::int64_t count = std::min<std::int64_t>(arguments.scalars_capacity, table.scalars_count - begin);
     arguments.destination = destination + begin;
@@ -167,12 +176,52 @@ Error upload_all(const Table& table, Scalars* destination, const Launcher& launc
   return 0;
 }
 
-// Launches the writing of a table's scalars.
+// Launches the writing of a table's scalars. sum_of_squares: where they are to be clipped, else null.
 template <class Launcher>
-Error pack_upload(const Table& table, Scalars* destination, const Limits& limits, const Launcher& launcher) {
+Error pack_upload(const Table& table, const double* sum_of_squares, Scalars* destination, const Limits& limits,
+                  const Launcher& launcher) {
   const bool fits = table.scalars_count <= UploadArguments<small_arguments>::scalars_capacity;
-  return fits || limits.argument_bytes < large_arguments ? upload_all<small_arguments>(table, destination, launcher)
-                                                         : upload_all<large_arguments>(table, destination, launcher);
+  return fits || limits.argument_bytes < large_arguments
+             ? upload_all<small_arguments>(table, sum_of_squares, destination, launcher)
+             : upload_all<large_arguments>(table, sum_of_squares, destination, launcher);
+}
+
+template <int bytes, class Launcher>
+Error norm_all(const Table& table, const Scaling& scaling, double* sums, const Launcher& launcher) {
+  NormArguments<bytes> arguments;
+  arguments.sums = sums;
+  arguments.found_inf = scaling.found_inf;
+  arguments.entry_count = 0;
+  const auto flush = [&]() -> Error {
+    if (arguments.entry_count == 0) return 0;
+    const NormEntry& last = arguments.entries[arguments.entry_count - 1];
+    arguments.first_piece = arguments.entries[0].first_piece;
+    arguments.piece_count = last.first_piece + pieces_of(last.numel) - arguments.first_piece;
+    const Error error = launcher.norm(arguments);
+    arguments.entry_count = 0;
+    return error;
+  };
+  for (std::int64_t i = 0; i < table.entry_count; ++i) {
+    const TensorEntry& entry = table.entries[i];
+    if (entry.scalars < 0 || entry.numel == 0) continue;
+    if (arguments.entry_count == arguments.entry_capacity) {
+      if (const Error error = flush()) return error;
+    }
+    arguments.entries[arguments.entry_count++] = {entry.grad, static_cast<std::uint64_t>(entry.numel),
+                                                  static_cast<std::uint64_t>(entry.grad_dtype), entry.first_piece};
+  }
+  return flush();
+}
+
+// Launches the sum of the squares of all unscaled gradients.
+template <class Launcher>
+Error pack_norm(const Table& table, const Scaling& scaling, double unscale, double* sums, double* sum_of_squares,
+                const Limits& limits, const Launcher& launcher) {
+  const bool fits = table.entry_count <= NormArguments<small_arguments>::entry_capacity;
+  const Error error = fits || limits.argument_bytes < large_arguments
+                          ? norm_all<small_arguments>(table, scaling, sums, launcher)
+                          : norm_all<large_arguments>(table, scaling, sums, launcher);
+  return error ? error : launcher.total(TotalArguments{sums, table.piece_count, unscale, scaling, sum_of_squares});
 }
 
 // Launches a whole step.
@@ -185,8 +234,8 @@ Error pack_step(const Table& table, StepTable steps, Scalars* device_scalars, bo
     if (const Error error = pack_advance(steps, limits, launcher)) return error;
     inputs.device_scalars = device_scalars;
     inputs.found_inf = steps.scaling.found_inf;
-  } else if (table.scalars_count > scalars_by_value) {
-    if (const Error error = pack_upload(table, device_scalars, limits, launcher)) return error;
+  } else if (table.scalars_count > scalars_by_value || steps.sum_of_squares != nullptr) {
+    if (const Error error = pack_upload(table, steps.sum_of_squares, device_scalars, limits, launcher)) return error;
     inputs.device_scalars = device_scalars;
   }
   return pack_update(table, inputs, limits, launcher);

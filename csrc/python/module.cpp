@@ -5,6 +5,7 @@
 #include <memory>
 #include <set>
 
+#include "../torch/masters.h"
 #include "../torch/stepper.h"
 #include "watch.h"
 
@@ -16,7 +17,9 @@ namespace {
 struct Keys {
   py::str lr = intern("lr"), betas = intern("betas"), eps = intern("eps"), weight_decay = intern("weight_decay"),
           amsgrad = intern("amsgrad"), maximize = intern("maximize"), capturable = intern("capturable"),
-          differentiable = intern("differentiable"), fused = intern("fused");
+          differentiable = intern("differentiable"), fused = intern("fused"), max_grad_norm = intern("max_grad_norm"),
+          seed = intern("seed"), master_weights = intern("master_weights"),
+          stochastic_rounding = intern("stochastic_rounding");
 
   static py::str intern(const char* text) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text)); }
 };
@@ -38,12 +41,16 @@ py::type_error refusal(std::size_t index, const std::string& key, const char* ex
                         show(found));
 }
 
-// What decides which params a stepper has and where their steps lie: another stepper is needed when they change.
+// What decides which params a stepper has, where their steps lie and in what form they are kept: another stepper is
+// needed when they change.
 struct Flags {
   bool capturable, differentiable, fused;
+  Master master;
+  Rounding rounding;
 
   bool operator==(const Flags& other) const {
-    return capturable == other.capturable && differentiable == other.differentiable && fused == other.fused;
+    return capturable == other.capturable && differentiable == other.differentiable && fused == other.fused &&
+           master == other.master && rounding == other.rounding;
   }
 };
 
@@ -69,6 +76,8 @@ class GroupReader {
     options.hyper.beta2 = to_double(beta2, k.betas, options, options.beta2);
     options.hyper.eps = to_double(get(k.eps), k.eps);
     options.hyper.weight_decay = to_double(get(k.weight_decay), k.weight_decay);
+    options.hyper.max_grad_norm = to_max_grad_norm(find(k.max_grad_norm));
+    options.hyper.seed = to_seed(find(k.seed));
     options.amsgrad = to_bool(get(k.amsgrad), k.amsgrad);
     options.maximize = to_bool(get(k.maximize), k.maximize);
     return options;
@@ -77,7 +86,8 @@ class GroupReader {
   Flags flags() {
     const Keys& k = keys();
     return {to_bool(get(k.capturable), k.capturable), to_bool(get(k.differentiable), k.differentiable),
-            to_bool(get(k.fused), k.fused)};
+            to_bool(get(k.fused), k.fused), to_master(find(k.master_weights)),
+            to_bool(find(k.stochastic_rounding), k.stochastic_rounding) ? Rounding::stochastic : Rounding::nearest};
   }
 
   bool ran_python() const { return ran_python_; }
@@ -87,6 +97,35 @@ class GroupReader {
     PyObject* value = PyDict_GetItem(group_.ptr(), key.ptr());
     if (value != nullptr) return py::reinterpret_borrow<py::object>(value);
     throw py::key_error("param group " + std::to_string(index_) + " has no '" + std::string(key) + "'");
+  }
+
+  // None for a key that the group need not have.
+  py::object find(const py::str& key) const {
+    PyObject* value = PyDict_GetItem(group_.ptr(), key.ptr());
+    return value != nullptr ? py::reinterpret_borrow<py::object>(value) : py::none();
+  }
+
+  double to_max_grad_norm(const py::object& value) {
+    if (value.is_none()) return no_max_grad_norm;
+    const double norm = to_double(value, keys().max_grad_norm);
+    TORCH_CHECK_VALUE(norm >= 0.0, "Invalid max_grad_norm value: ", norm, " in param group ", index_);
+    return norm;
+  }
+
+  std::uint64_t to_seed(const py::object& value) const {
+    if (value.is_none()) return 0;
+    if (!PyLong_Check(value.ptr())) throw refusal(index_, "seed", "an int", value);
+    return PyLong_AsUnsignedLongLongMask(value.ptr());
+  }
+
+  Master to_master(const py::object& value) const {
+    if (value.is_none()) return Master::none;
+    if (PyUnicode_Check(value.ptr())) {
+      const auto name = value.cast<std::string>();
+      if (name == "fp32") return Master::float32;
+      if (name == "split") return Master::remainder;
+    }
+    throw refusal(index_, "master_weights", "None, 'fp32' or 'split'", value);
   }
 
   // A number that a captured graph can read anew: a CUDA tensor is not read here but goes into `on_device`.
@@ -145,6 +184,10 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
     throw py::index_error("a member's group does not exist");
   }
   member.deferred = flags[member.group].capturable || (flags[member.group].fused && member.param.is_cuda());
+  const c10::ScalarType dtype = member.param.scalar_type();
+  if (dtype == c10::kBFloat16 || dtype == c10::kHalf) member.master_kind = flags[member.group].master;
+  member.rounding = flags[member.group].rounding;
+  member.element_number = element_number(fields[4].cast<std::uint64_t>(), fields[5].cast<std::uint64_t>());
   if (fields[1].is_none()) return member;
   const auto state = fields[1].cast<py::dict>();
   const auto item = [&](const char* key) {
@@ -155,6 +198,9 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
   member.exp_avg = item("exp_avg");
   member.exp_avg_sq = item("exp_avg_sq");
   if (state.contains("max_exp_avg_sq")) member.max_exp_avg_sq = item("max_exp_avg_sq");
+  if (member.master_kind != Master::none) {
+    member.master = item(member.master_kind == Master::float32 ? "master_param" : "param_remainder");
+  }
   return member;
 }
 
@@ -176,11 +222,13 @@ std::vector<Flags> read_flags(const py::list& param_groups) {
 class PythonStepper {
  public:
   PythonStepper(const py::list& param_groups, const py::dict& state, const py::list& members,
-                std::shared_ptr<HyperMirror> mirror, std::shared_ptr<SkipCounts> skips)
+                std::shared_ptr<HyperMirror> mirror, std::shared_ptr<DeviceNumbers> skips,
+                std::shared_ptr<DeviceNumbers> norms)
       : flags_(read_flags(param_groups)),
         stepper_(to_members(members, flags_)),
         mirror_(std::move(mirror)),
         skips_(std::move(skips)),
+        norms_(std::move(norms)),
         groups_(param_groups.size()) {
     watch_.remember(param_groups.ptr(), state.ptr());
     std::set<std::size_t> used;
@@ -205,14 +253,17 @@ class PythonStepper {
     if (ran_python && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
     const at::Tensor scale = to_optional_tensor(grad_scale, "grad_scale");
     const at::Tensor found = to_optional_tensor(found_inf, "found_inf");
-    const Stepper::Ready ready = stepper_.prepare({groups_, {}, scale, found, mirror_.get(), skips_.get()});
+    const Stepper::Ready ready =
+        stepper_.prepare({groups_, {}, scale, found, mirror_.get(), skips_.get(), norms_.get()});
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
     started_ = true;
     if (stepper_.is_long()) {
       const py::gil_scoped_release unlocked;
+      stepper_.measure();
       stepper_.run();
     } else {
+      stepper_.measure();
       stepper_.run();
     }
     stepper_.finish();
@@ -228,7 +279,8 @@ class PythonStepper {
   std::vector<Flags> flags_;  // of all param groups, as when the stepper was made
   Stepper stepper_;
   std::shared_ptr<HyperMirror> mirror_;
-  std::shared_ptr<SkipCounts> skips_;
+  std::shared_ptr<DeviceNumbers> skips_;
+  std::shared_ptr<DeviceNumbers> norms_;
   Watch watch_;
   std::vector<GroupOptions> groups_;  // of all param groups; those without a member here are never read
   std::vector<std::size_t> used_groups_;
@@ -246,8 +298,24 @@ void sync_mirror(HyperMirror& mirror, const py::list& param_groups) {
   });
 }
 
-py::object skipped_on(SkipCounts& skips, const std::string& device) {
-  return py::reinterpret_steal<py::object>(wrap(skips.on(c10::Device(device))));
+py::object number_on(DeviceNumbers& numbers, const std::string& device) {
+  return py::reinterpret_steal<py::object>(wrap(numbers.on(c10::Device(device))));
+}
+
+std::shared_ptr<DeviceNumbers> make_numbers(const std::string& dtype) {
+  if (dtype != "int64" && dtype != "float64") throw py::value_error("dtype must be int64 or float64, but is " + dtype);
+  return std::make_shared<DeviceNumbers>(dtype == "int64" ? c10::kLong : c10::kDouble);
+}
+
+py::tuple split_of(py::handle master) {
+  const auto [param, remainder] = split_master(to_tensor(master, "master"));
+  return py::make_tuple(py::reinterpret_steal<py::object>(wrap(param)),
+                        py::reinterpret_steal<py::object>(wrap(remainder)));
+}
+
+py::object joined(py::handle param, py::handle remainder) {
+  return py::reinterpret_steal<py::object>(
+      wrap(join_master(to_tensor(param, "param"), to_tensor(remainder, "remainder"))));
 }
 
 std::vector<std::string> isa_levels() {
@@ -256,9 +324,10 @@ std::vector<std::string> isa_levels() {
   return names;
 }
 
-std::vector<std::pair<std::string, std::string>> combinations() {
+// (param, moments, master, rounding) of every combination.
+std::vector<std::tuple<std::string, std::string, std::string, std::string>> combinations() {
   return {
-#define ADAMW_EXT_NAMES(index, param, moments) {#param, #moments},
+#define ADAMW_EXT_NAMES(index, param, moments, master, rounding) {#param, #moments, #master, #rounding},
       ADAMW_EXT_FOR_EACH_COMBINATION(ADAMW_EXT_NAMES)
 #undef ADAMW_EXT_NAMES
   };
@@ -269,8 +338,9 @@ std::vector<std::pair<std::string, std::string>> combinations() {
 PYBIND11_MODULE(_C, module) {
   py::class_<PythonStepper>(module, "Stepper")
       .def(py::init<const py::list&, const py::dict&, const py::list&, std::shared_ptr<HyperMirror>,
-                    std::shared_ptr<SkipCounts>>(),
-           py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"), py::arg("skips"))
+                    std::shared_ptr<DeviceNumbers>, std::shared_ptr<DeviceNumbers>>(),
+           py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"), py::arg("skips"),
+           py::arg("norms"))
       .def("step", &PythonStepper::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"),
            py::arg("found_inf"))
       .def_property_readonly("isa", [](PythonStepper& self) { return cpu::isa_name(self.tuning().isa); })
@@ -281,12 +351,14 @@ PYBIND11_MODULE(_C, module) {
       .def_property(
           "emulated_arguments", [](PythonStepper& self) { return self.tuning().emulated_arguments; },
           [](PythonStepper& self, int bytes) { self.tuning().emulated_arguments = bytes; });
-  py::class_<SkipCounts, std::shared_ptr<SkipCounts>>(module, "SkipCounts")
-      .def(py::init<>())
-      .def("on", &skipped_on, py::arg("device"));
+  py::class_<DeviceNumbers, std::shared_ptr<DeviceNumbers>>(module, "DeviceNumbers")
+      .def(py::init(&make_numbers), py::arg("dtype"))
+      .def("on", &number_on, py::arg("device"));
   py::class_<HyperMirror, std::shared_ptr<HyperMirror>>(module, "HyperMirror")
       .def(py::init<>())
       .def("sync", &sync_mirror, py::arg("param_groups"));
+  module.def("split_master", &split_of, py::arg("master"));
+  module.def("join_master", &joined, py::arg("param"), py::arg("remainder"));
   module.def("isa_levels", &isa_levels);
   module.def("chosen_isa", [] { return cpu::isa_name(cpu::choose_isa()); });
   module.def("combinations", &combinations);

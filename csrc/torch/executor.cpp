@@ -5,7 +5,6 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "../cpu/launch.h"
@@ -22,10 +21,26 @@ class CpuExecutor : public Executor {
  public:
   bool is_capturing() const override { return false; }
 
-  void reserve(std::size_t count) override { scalars_.resize(std::max(scalars_.size(), count)); }
+  void reserve(std::size_t count, std::size_t pieces) override {
+    scalars_.resize(std::max(scalars_.size(), count));
+    sums_.resize(std::max(sums_.size(), pieces));
+  }
+
+  void measure(const Work& work, const Tuning& tuning) override {
+    const StepTable& steps = work.steps;
+    if (tuning.emulated_arguments > 0) {
+      cuda::emulate_norm(work.table, steps.scaling, work.unscale, sums_.data(), steps.sum_of_squares, limits(tuning));
+    } else if (!steps.scaling.skips()) {
+      const double sum = cpu::sum_squares(work.table, options(tuning), sums_.data());
+      *steps.sum_of_squares = unscale_squares(sum, work.unscale * steps.scaling.unscale());
+    }
+  }
 
   void run(const Work& work, const Tuning& tuning) override {
-    if (tuning.emulated_arguments > 0) return emulate(work, tuning);
+    if (tuning.emulated_arguments > 0) {
+      cuda::emulate_step(work.table, work.steps, scalars_.data(), work.writes_grads, limits(tuning));
+      return;
+    }
     Table table = work.table;
     const StepTable& steps = work.steps;
     double unscale = work.unscale;
@@ -36,22 +51,33 @@ class CpuExecutor : public Executor {
       }
       for (std::int64_t i = 0; i < steps.entry_count; ++i) {
         const StepEntry& entry = steps.entries[i];
-        scalars_[entry.scalars] = advance(*entry.step, steps.sources[entry.source], steps.scaling);
+        scalars_[entry.scalars] =
+            advance(*entry.step, steps.sources[entry.source], steps.scaling, steps.sum_of_squares);
       }
       table.scalars = scalars_.data();
-      unscale = std::fabs(steps.scaling.unscale());  // as the CUDA kernel has it, whose factor's sign is maximize's
+      unscale = steps.scaling.unscale();
+    } else if (steps.sum_of_squares != nullptr) {
+      std::copy_n(table.scalars, table.scalars_count, scalars_.begin());
+      for (std::int64_t i = 0; i < table.scalars_count; ++i) clip(scalars_[i], *steps.sum_of_squares);
+      table.scalars = scalars_.data();
     }
-    cpu::launch(table, {tuning.isa, at::get_num_threads(), tuning.units_per_chunk, unscale});
+    cpu::LaunchOptions launch_options = options(tuning);
+    launch_options.unscale = unscale;
+    cpu::launch(table, launch_options);
   }
 
  private:
-  void emulate(const Work& work, const Tuning& tuning) {
+  static cpu::LaunchOptions options(const Tuning& tuning) {
+    return {tuning.isa, at::get_num_threads(), tuning.units_per_chunk, 1.0};
+  }
+
+  static cuda::Limits limits(const Tuning& tuning) {
     constexpr int multiprocessors = 132;
-    const cuda::Limits limits{tuning.emulated_arguments, multiprocessors, tuning.units_per_chunk};
-    cuda::emulate_step(work.table, work.steps, scalars_.data(), work.writes_grads, limits);
+    return {tuning.emulated_arguments, multiprocessors, tuning.units_per_chunk};
   }
 
   std::vector<Scalars> scalars_;
+  std::vector<double> sums_;  // of the pieces of the gradients
 };
 
 }  // namespace

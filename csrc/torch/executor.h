@@ -28,7 +28,7 @@ struct Work {
   // has scalars i, wherever the executor keeps them.
   StepTable steps;
 
-  double unscale;     // where the host has counted: gradients are divided by it in place, unless it is 1
+  double unscale;     // where the host has counted: gradients are multiplied by it in place, unless it is 1
   bool writes_grads;  // a gradient scaler was given
 };
 
@@ -39,10 +39,16 @@ class Executor {
   // Whether the calls to run() are recorded into a graph at present.
   virtual bool is_capturing() const = 0;
 
-  // Sees to it that run() need not allocate, for a table of at most as many entries and scalars.
-  virtual void reserve(std::size_t count) = 0;
+  // Sees to it that the calls below need not allocate, for a table of at most as many entries and scalars, and pieces
+  // if its norm is measured.
+  virtual void reserve(std::size_t count, std::size_t pieces) = 0;
 
-  // Waits for nothing on a GPU: the work goes to the device's current stream.
+  // These wait for nothing on a GPU: the work goes to the device's current stream.
+
+  // Writes the sum of the squares of all unscaled gradients into work.steps.sum_of_squares.
+  virtual void measure(const Work& work, const Tuning& tuning) = 0;
+
+  // Clips where there is a sum of squares.
   virtual void run(const Work& work, const Tuning& tuning) = 0;
 };
 

@@ -94,27 +94,42 @@ class CudaExecutor : public Executor {
 
   // Memory between two kernels. It belongs to one stream, so that torch's allocator, which orders reuse by stream, can
   // have it back at any time; and what a graph uses comes from this graph's own memory and lives as long as that.
-  void reserve(std::size_t count) override {
+  void reserve(std::size_t count, std::size_t pieces) override {
     const c10::cuda::CUDAGuard guard(device_);
     const Capture capture = Capture::current(device_);
-    const std::int64_t bytes = static_cast<std::int64_t>(count * sizeof(Scalars));
+    sums_at_ = count * sizeof(Scalars);
+    const auto bytes = static_cast<std::int64_t>(sums_at_ + pieces * sizeof(double));
     if (scratch_.defined() && scratch_.numel() >= bytes && capture == scratch_of_) return;
     scratch_ = at::empty({bytes}, at::TensorOptions().dtype(c10::kByte).device(device_));
     scratch_of_ = capture;
   }
 
+  void measure(const Work& work, const Tuning& tuning) override {
+    const c10::cuda::CUDAGuard guard(device_);
+    auto* const sums = reinterpret_cast<double*>(static_cast<char*>(scratch_.mutable_data_ptr()) + sums_at_);
+    const StepTable& steps = work.steps;
+    check(cuda::launch_norm(work.table, steps.scaling, work.unscale, sums, steps.sum_of_squares, limits(tuning),
+                            stream()));
+  }
+
   void run(const Work& work, const Tuning& tuning) override {
     const c10::cuda::CUDAGuard guard(device_);
-    const cudaStream_t stream = c10::cuda::getCurrentCUDAStream(device_.index()).stream();
-    auto* const scratch = static_cast<Scalars*>(scratch_.mutable_data_ptr());
-    limits_.units_per_chunk = tuning.units_per_chunk;
-    check(cuda::launch_step(work.table, work.steps, scratch, work.writes_grads, limits_, stream));
+    auto* const scalars = static_cast<Scalars*>(scratch_.mutable_data_ptr());
+    check(cuda::launch_step(work.table, work.steps, scalars, work.writes_grads, limits(tuning), stream()));
   }
 
  private:
+  cudaStream_t stream() const { return c10::cuda::getCurrentCUDAStream(device_.index()).stream(); }
+
+  const cuda::Limits& limits(const Tuning& tuning) {
+    limits_.units_per_chunk = tuning.units_per_chunk;
+    return limits_;
+  }
+
   c10::Device device_;
   cuda::Limits limits_;
-  at::Tensor scratch_;
+  at::Tensor scratch_;  // scalars, then the sums of the pieces of the gradients
+  std::size_t sums_at_ = 0;
   Capture scratch_of_;
 };
 

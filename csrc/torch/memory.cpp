@@ -92,6 +92,8 @@ std::string dtype_name(c10::ScalarType dtype) {
       return "torch.int64";
     case c10::kInt:
       return "torch.int32";
+    case c10::kShort:
+      return "torch.int16";
     case c10::kBool:
       return "torch.bool";
     default:

@@ -8,7 +8,8 @@ namespace adamw_ext {
 namespace {
 
 bool same(const Hyper& a, const Hyper& b) {
-  return a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps && a.weight_decay == b.weight_decay;
+  return a.lr == b.lr && a.beta1 == b.beta1 && a.beta2 == b.beta2 && a.eps == b.eps &&
+         a.weight_decay == b.weight_decay && a.max_grad_norm == b.max_grad_norm && a.seed == b.seed;
 }
 
 }  // namespace

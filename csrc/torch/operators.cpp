@@ -43,7 +43,7 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   if (count == 0) return;
 
   std::vector<GroupOptions> groups(1);
-  groups[0].hyper = {0.0, beta1, beta2, eps, weight_decay};
+  groups[0].hyper = {0.0, beta1, beta2, eps, weight_decay, no_max_grad_norm, 0};
   set_lr(groups[0], lr);
   groups[0].amsgrad = amsgrad;
   groups[0].maximize = maximize;
@@ -53,15 +53,17 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   members.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
     members.push_back({params[i], state_steps[i], exp_avgs[i], exp_avg_sqs[i],
-                       element(amsgrad ? max_exp_avg_sqs : at::TensorList(), i), 0,
-                       /*deferred=*/params[i].is_cuda() && state_steps[i].device() == params[i].device(),
-                       "params[" + std::to_string(i) + "]"});
-    groups[0].capturable = groups[0].capturable && members.back().deferred;
+                       element(amsgrad ? max_exp_avg_sqs : at::TensorList(), i)});
+    Member& member = members.back();
+    member.deferred = params[i].is_cuda() && state_steps[i].device() == params[i].device();
+    member.name = "params[" + std::to_string(i) + "]";
+    groups[0].capturable = groups[0].capturable && member.deferred;
   }
   Stepper stepper(members);
   const at::Tensor undefined;
-  const StepInputs inputs{groups,  grads,  grad_scale ? *grad_scale : undefined, found_inf ? *found_inf : undefined,
-                          nullptr, nullptr};
+  const StepInputs inputs{
+      groups,  grads,  grad_scale ? *grad_scale : undefined, found_inf ? *found_inf : undefined, nullptr,
+      nullptr, nullptr};
   if (stepper.prepare(inputs) != Stepper::Ready::run) return;
   stepper.run();
   stepper.finish();

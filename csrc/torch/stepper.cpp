@@ -1,6 +1,7 @@
 #include "stepper.h"
 
 #include <ATen/core/grad_mode.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty_strided.h>
 #include <ATen/ops/ne.h>
 
@@ -55,11 +56,15 @@ Stepper::Stepper(const std::vector<Member>& members) : tuning{cpu::choose_isa()}
     guard(slot.exp_avg, member.exp_avg);
     guard(slot.exp_avg_sq, member.exp_avg_sq);
     guard(slot.max_exp_avg_sq, member.max_exp_avg_sq);
+    guard(slot.master, member.master);
+    slot.master_kind = member.master_kind;
+    slot.rounding = member.rounding;
     TORCH_CHECK(member.group >= 0, "the group of ", member.name, " must not be negative, but is ", member.group);
     slot.group = member.group;
     slot.bucket = &bucket_of(member);
     slot.position = static_cast<std::int32_t>(slot.bucket->entries.size());
     slot.bucket->entries.push_back({});
+    slot.entry().element_number = member.element_number;
     names_.push_back(member.name);
     group_count = std::max(group_count, member.group + 1);
     slots_.push_back(std::move(slot));
@@ -136,11 +141,15 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
   if (moved) check_overlap();
   for (Bucket& bucket : buckets_) {
     if (!bucket.resized) continue;
-    bucket.unit_count = lay_out_units(bucket.entries.data(), static_cast<std::int64_t>(bucket.entries.size()));
+    const Extent extent = lay_out(bucket.entries.data(), static_cast<std::int64_t>(bucket.entries.size()));
+    bucket.unit_count = extent.units;
+    bucket.piece_count = extent.pieces;
     bucket.resized = false;
   }
+  begin_norm(inputs);
   for (Bucket& bucket : buckets_) {
-    if (bucket.active) bucket.executor->reserve(std::max(bucket.entries.size(), scalars_.size()));
+    if (!bucket.active) continue;
+    bucket.executor->reserve(std::max(bucket.entries.size(), scalars_.size()), clips_ ? bucket.piece_count : 0);
   }
   // Operators are called without the interpreter lock, so whatever their length other threads may run.
   if (is_long() || !inputs.grads.empty()) pin(inputs.grads);
@@ -276,8 +285,8 @@ std::int32_t Stepper::scalars_for(std::size_t index, const GroupOptions& options
   }
   check_step(index);
   keys_.push_back({done, first});
-  const double grad_factor = options.maximize ? -unscale_ : unscale_;
-  scalars_.push_back(compute_scalars(hypers_[slot.group], static_cast<std::int64_t>(done) + 1, grad_factor));
+  scalars_.push_back(
+      compute_scalars(hypers_[slot.group], static_cast<std::int64_t>(done) + 1, unscale_, options.maximize));
   return first = static_cast<std::int32_t>(keys_.size() - 1);
 }
 
@@ -306,25 +315,62 @@ void Stepper::pin(at::TensorList grads) {
   }
 }
 
-void Stepper::run() {
+// Finds memory for the norm of the gradients. The buckets' own sums are added up where there are several.
+void Stepper::begin_norm(const StepInputs& inputs) {
+  clips_ = inputs.norms != nullptr && std::any_of(inputs.groups.begin(), inputs.groups.end(), [](const auto& group) {
+             return group.hyper.max_grad_norm != no_max_grad_norm;
+           });
+  const auto is_active = [](const Bucket& bucket) { return bucket.active; };
+  const bool several = std::count_if(buckets_.begin(), buckets_.end(), is_active) > 1;
+  int place = 0;
+  for (Bucket& bucket : buckets_) {
+    if (!clips_ || !bucket.active) continue;
+    bucket.sum_of_squares = inputs.norms->on(bucket.device);
+    bucket.own_sum_of_squares = several ? inputs.norms->on(bucket.device, ++place) : bucket.sum_of_squares;
+  }
+}
+
+Work Stepper::work_of(const Bucket& bucket) const {
+  Work work{};
+  work.table.entries = bucket.entries.data();
+  work.table.entry_count = static_cast<std::int64_t>(bucket.entries.size());
+  work.table.scalars = scalars_.data();
+  work.table.scalars_count = static_cast<std::int64_t>(scalars_.size());
+  work.table.unit_count = bucket.unit_count;
+  work.table.piece_count = bucket.piece_count;
+  work.unscale = bucket.deferred ? 1.0 : unscale_;
+  work.writes_grads = bucket.writes_grads;
+  if (clips_) work.steps.sum_of_squares = bucket.sum_of_squares.mutable_data_ptr<double>();
+  if (bucket.deferred) {
+    work.steps.entries = bucket.step_entries.data();
+    work.steps.entry_count = static_cast<std::int64_t>(bucket.step_entries.size());
+    work.steps.sources = bucket.sources.data();
+    work.steps.scaling = bucket.scaling;
+    work.steps.skipped = bucket.skipped;
+  }
+  return work;
+}
+
+void Stepper::measure() {
+  if (!clips_) return;
+  const at::NoGradGuard no_grad;
+  at::Tensor total;  // where several buckets' sums are added up
   for (Bucket& bucket : buckets_) {
     if (!bucket.active) continue;
-    Work work{};
-    work.table.entries = bucket.entries.data();
-    work.table.entry_count = static_cast<std::int64_t>(bucket.entries.size());
-    work.table.scalars = scalars_.data();
-    work.table.scalars_count = static_cast<std::int64_t>(scalars_.size());
-    work.table.unit_count = bucket.unit_count;
-    work.unscale = unscale_;
-    work.writes_grads = bucket.writes_grads;
-    if (bucket.deferred) {
-      work.steps.entries = bucket.step_entries.data();
-      work.steps.entry_count = static_cast<std::int64_t>(bucket.step_entries.size());
-      work.steps.sources = bucket.sources.data();
-      work.steps.scaling = bucket.scaling;
-      work.steps.skipped = bucket.skipped;
-    }
-    bucket.executor->run(work, tuning);
+    Work work = work_of(bucket);
+    work.steps.sum_of_squares = bucket.own_sum_of_squares.mutable_data_ptr<double>();
+    bucket.executor->measure(work, tuning);
+    if (bucket.own_sum_of_squares.is_same(bucket.sum_of_squares)) return;  // the only one
+    total = total.defined() ? at::add(total, bucket.own_sum_of_squares.to(total.device())) : bucket.own_sum_of_squares;
+  }
+  for (Bucket& bucket : buckets_) {
+    if (bucket.active) bucket.sum_of_squares.copy_(total);
+  }
+}
+
+void Stepper::run() {
+  for (Bucket& bucket : buckets_) {
+    if (bucket.active) bucket.executor->run(work_of(bucket), tuning);
   }
 }
 

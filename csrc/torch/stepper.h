@@ -1,14 +1,14 @@
 // The stepper: owns the tensor tables of one optimizer and turns "step now" into one pass of kernels for each device.
 //
-// A step is three calls. `prepare` reads what can have changed (gradients, addresses, step counts), checks all of it
-// and fills the tables; it changes nothing and throws if anything is wrong. `run` is the kernels alone. `finish`
-// advances the step counts and version counters. In a steady state none of them allocates.
+// A step is four calls. `prepare` reads what can have changed (gradients, addresses, step counts), checks all of it
+// and fills the tables; it changes nothing and throws if anything is wrong. `measure` and `run` are the kernels alone.
+// `finish` advances the step counts and version counters. In a steady state none of them allocates.
 //
 // Of a deferred param (capturable, or with its `step` on a CUDA device) the host reads no number: step counts,
 // found_inf and tensor hyperparameters are read by the kernels, so that the same kernels can be captured and replayed.
 //
 // The stepper does not keep its tensors alive, so that an optimizer reachable from a hook of its own parameters can
-// still be collected. Its caller holds them during the three calls, and sees to it that they are the tensors which the
+// still be collected. Its caller holds them during the calls, and sees to it that they are the tensors which the
 // stepper was made with.
 #pragma once
 
@@ -26,7 +26,7 @@
 #include "executor.h"
 #include "memory.h"
 #include "mirror.h"
-#include "skips.h"
+#include "numbers.h"
 
 namespace adamw_ext {
 
@@ -37,13 +37,18 @@ struct Member {
   at::Tensor exp_avg;         // as param, or float32
   at::Tensor exp_avg_sq;      // as exp_avg
   at::Tensor max_exp_avg_sq;  // as exp_avg; undefined unless amsgrad
+  at::Tensor master;          // float32 or int16, laid out as param; undefined unless the master is kept beside param
+  Master master_kind = Master::none;
+  Rounding rounding = Rounding::nearest;
+  std::uint64_t element_number = 0;  // of the first element, for random bits
   std::int32_t group = 0;
   bool deferred = false;  // the kernels count its steps
   std::string name;       // how messages call it
 };
 
 struct GroupOptions {
-  Hyper hyper;                        // 0 where one of these holds the number:
+  // 0 where one of the tensors holds the number.
+  Hyper hyper{0.0, 0.0, 0.0, 0.0, 0.0, no_max_grad_norm, 0};
   at::Tensor lr, beta1, beta2;        // 1 floating point number on a CUDA device, or undefined
   const char* host_tensor = nullptr;  // the hyperparameter, if any, that came from a CPU tensor
   bool amsgrad = false;
@@ -57,7 +62,8 @@ struct StepInputs {
   const at::Tensor& grad_scale;  // 1 element, or undefined: gradients are divided by it, and written back
   const at::Tensor& found_inf;   // 1 element, or undefined: anything but 0 skips the step
   HyperMirror* mirror;           // null: a captured step keeps the numbers of its groups
-  SkipCounts* skips;             // null: skipped steps are not counted
+  DeviceNumbers* skips;          // null: skipped steps are not counted
+  DeviceNumbers* norms;          // null: nothing is clipped
 };
 
 class Stepper {
@@ -68,6 +74,7 @@ class Stepper {
 
   // `skip`: found_inf says so. `needs_state`: a parameter without state has a gradient; make a new stepper.
   Ready prepare(const StepInputs& inputs);
+  void measure();  // the norm of the gradients, if any group clips them
   void run();
   void finish();
 
@@ -109,6 +116,9 @@ class Stepper {
     Scaling scaling{};
     std::int64_t* skipped = nullptr;
     std::int64_t unit_count = 0;
+    std::int64_t piece_count = 0;
+    at::Tensor sum_of_squares;      // of all gradients of the step, on this device; undefined: nothing is clipped
+    at::Tensor own_sum_of_squares;  // of the gradients in this bucket
     bool capturing = false;
     bool writes_grads = false;
     bool resized = false;  // since units were laid out, also by a step that was skipped or refused
@@ -116,7 +126,9 @@ class Stepper {
   };
 
   struct Slot {
-    Checked param, step, exp_avg, exp_avg_sq, max_exp_avg_sq;
+    Checked param, step, exp_avg, exp_avg_sq, max_exp_avg_sq, master;
+    Master master_kind = Master::none;
+    Rounding rounding = Rounding::nearest;
     Layout param_layout;
     Layout layout;           // the state's: the param's where that is dense, else exp_avg's
     bool direct = true;      // the kernel works on the param's own memory
@@ -131,7 +143,7 @@ class Stepper {
 
     template <class Visit>
     void for_each(const Visit& visit) {
-      for (Checked* checked : {&param, &step, &exp_avg, &exp_avg_sq, &max_exp_avg_sq}) {
+      for (Checked* checked : {&param, &step, &exp_avg, &exp_avg_sq, &max_exp_avg_sq, &master}) {
         if (*checked) visit(*checked);
       }
     }
@@ -153,6 +165,8 @@ class Stepper {
   Bucket& bucket_of(const Member& member);
   void check(std::size_t index);
   void check_state(std::size_t index, const Checked& state, const char* key) const;
+  void check_master(std::size_t index) const;
+  void check_laid_out(std::size_t index, const Checked& state, const std::string& name) const;
   void check_overlap();
   static bool unchanged(const Slot& slot);
   bool begin_capture(const StepInputs& inputs);
@@ -161,6 +175,8 @@ class Stepper {
   HyperSource source_of(std::int32_t group, const Bucket& bucket, const StepInputs& inputs) const;
   const float* scaling_number(const at::Tensor& tensor, const char* name, const Bucket& bucket, bool is_flag);
   void check_grad_dtype(std::size_t index, const c10::TensorImpl& grad);
+  void begin_norm(const StepInputs& inputs);
+  Work work_of(const Bucket& bucket) const;
   void* prepare_grad(std::size_t index, const at::Tensor& grad, bool write_back);
   std::int32_t scalars_for(std::size_t index, const GroupOptions& options);
   void check_step(std::size_t index) const;
@@ -181,6 +197,7 @@ class Stepper {
   std::vector<c10::Storage> pinned_storages_;
   std::vector<TensorPtr> pinned_tensors_;
   double unscale_ = 1.0;
+  bool clips_ = false;
 };
 
 // The group's numbers, also those that lie on a device: waits for it.

@@ -53,10 +53,14 @@ void Stepper::check(std::size_t index) {
   check_state(index, slot.exp_avg, "exp_avg");
   check_state(index, slot.exp_avg_sq, "exp_avg_sq");
   if (slot.max_exp_avg_sq) check_state(index, slot.max_exp_avg_sq, "max_exp_avg_sq");
+  check_master(index);
   const auto moments = storage_dtype(slot.exp_avg.tensor->dtype().toScalarType());
-  const int combination = moments ? find_combination(*dtype, *moments) : -1;
+  const int combination = moments ? find_combination(*dtype, *moments, slot.master_kind, slot.rounding) : -1;
+  constexpr const char* masters[] = {"", " and a master of dtype torch.float32", " and a master of dtype torch.int16"};
   TORCH_CHECK(combination >= 0, name, " of dtype ", dtype_name(param.dtype().toScalarType()),
-              " cannot have state of dtype ", dtype_name(slot.exp_avg.tensor->dtype().toScalarType()));
+              " cannot have state of dtype ", dtype_name(slot.exp_avg.tensor->dtype().toScalarType()),
+              masters[static_cast<int>(slot.master_kind)],
+              slot.rounding == Rounding::stochastic ? ", rounded stochastically" : "");
 
   slot.for_each([](Checked& checked) { checked.look(); });
   slot.grad_dtype = {};
@@ -67,30 +71,51 @@ void Stepper::check(std::size_t index) {
   entry.exp_avg = mutable_data(*slot.exp_avg.tensor);
   entry.exp_avg_sq = mutable_data(*slot.exp_avg_sq.tensor);
   entry.max_exp_avg_sq = slot.max_exp_avg_sq ? mutable_data(*slot.max_exp_avg_sq.tensor) : nullptr;
+  entry.master = slot.master ? mutable_data(*slot.master.tensor) : nullptr;
   entry.combination = static_cast<std::uint8_t>(combination);
 }
 
+// A moment.
 void Stepper::check_state(std::size_t index, const Checked& state, const char* key) const {
   const Slot& slot = slots_[index];
   const c10::TensorImpl& tensor = *state.tensor;
   const c10::TensorImpl& param = *slot.param.tensor;
   const std::string name = std::string("state '") + key + "' of " + names_[index];
-  TORCH_CHECK(is_plain(tensor) && tensor.device() == param.device(), name, " must be a strided tensor on ",
-              param.device(), ", but has ", describe(tensor));
-  TORCH_CHECK(tensor.sizes() == param.sizes() && slot.layout.matches(tensor) && is_dense(tensor), name,
-              " must have sizes ", param.sizes(), " and strides ", slot.layout.strides(), ", but has sizes ",
-              tensor.sizes(), " and strides ", tensor.strides());
+  check_laid_out(index, state, name);
   const bool both_complex =
       c10::isComplexType(param.dtype().toScalarType()) == c10::isComplexType(tensor.dtype().toScalarType());
   TORCH_CHECK(tensor.dtype() == slot.exp_avg.tensor->dtype() && both_complex, name, " must have dtype ",
               dtype_name((both_complex ? slot.exp_avg : slot.param).tensor->dtype().toScalarType()), ", but has ",
               dtype_name(tensor.dtype().toScalarType()));
+}
+
+void Stepper::check_master(std::size_t index) const {
+  const Slot& slot = slots_[index];
+  if (slot.master_kind == Master::none) return;
+  const bool is_whole = slot.master_kind == Master::float32;
+  const std::string name =
+      std::string("state '") + (is_whole ? "master_param" : "param_remainder") + "' of " + names_[index];
+  check_laid_out(index, slot.master, name);
+  const c10::ScalarType wanted = is_whole ? c10::kFloat : c10::kShort;
+  const c10::ScalarType found = slot.master.tensor->dtype().toScalarType();
+  TORCH_CHECK(found == wanted, name, " must have dtype ", dtype_name(wanted), ", but has ", dtype_name(found));
+}
+
+void Stepper::check_laid_out(std::size_t index, const Checked& state, const std::string& name) const {
+  const Slot& slot = slots_[index];
+  const c10::TensorImpl& tensor = *state.tensor;
+  const c10::TensorImpl& param = *slot.param.tensor;
+  TORCH_CHECK(is_plain(tensor) && tensor.device() == param.device(), name, " must be a strided tensor on ",
+              param.device(), ", but has ", describe(tensor));
+  TORCH_CHECK(tensor.sizes() == param.sizes() && slot.layout.matches(tensor) && is_dense(tensor), name,
+              " must have sizes ", param.sizes(), " and strides ", slot.layout.strides(), ", but has sizes ",
+              tensor.sizes(), " and strides ", tensor.strides());
   check_within_storage(tensor, name);
 }
 
 void Stepper::check_overlap() {
   std::vector<WrittenTensor> written;
-  written.reserve(slots_.size() * 5);
+  written.reserve(slots_.size() * 6);
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     if (slots_[i].param.storage == nullptr) continue;
     slots_[i].for_each([&](const Checked& checked) { written.push_back({checked.tensor, i}); });
@@ -104,7 +129,8 @@ bool Stepper::unchanged(const Slot& slot) {
   static const Layout scalar;
   return slot.param.unchanged(slot.param_layout) && slot.step.unchanged(scalar) &&
          slot.exp_avg.unchanged(slot.layout) && slot.exp_avg_sq.unchanged(slot.layout) &&
-         (!slot.max_exp_avg_sq || slot.max_exp_avg_sq.unchanged(slot.layout));
+         (!slot.max_exp_avg_sq || slot.max_exp_avg_sq.unchanged(slot.layout)) &&
+         (!slot.master || slot.master.unchanged(slot.layout));
 }
 
 // Lets the entry have gradients of this dtype, or throws.
