@@ -16,8 +16,8 @@ except ImportError as error:
         f"pip install --no-build-isolation --force-reinstall --no-deps . ({error})"
     ) from error
 
-from adamw_ext import functional
+from adamw_ext import checkpoint, functional
 from adamw_ext.info import __version__, build_info
 from adamw_ext.optimizer import AdamW
 
-__all__ = ["AdamW", "__version__", "build_info", "functional"]
+__all__ = ["AdamW", "__version__", "build_info", "checkpoint", "functional"]

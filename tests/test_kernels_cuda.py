@@ -77,10 +77,12 @@ def ptx() -> str:
     return cuobjdump("--dump-ptx")
 
 
-def update_kernels(param: str, moment: str, amsgrad: bool) -> list[Kernel]:
+def update_kernels(combination: tuple[str, str, str, str], amsgrad: bool) -> list[Kernel]:
     """Of all architectures and argument sizes."""
+    param, moment, master, rounding = combination
     second = "S\\d?_" if moment == param and param in ("bfloat16", "float16") else MANGLED[moment]
-    types = rf"update_kernelI{MANGLED[param]}{second}Lb{int(amsgrad)}E"
+    kept, rounded = ("none", "float32", "remainder").index(master), ("nearest", "stochastic").index(rounding)
+    types = rf"CombinationI{MANGLED[param]}{second}L\w*?6MasterE{kept}EL\w*?8RoundingE{rounded}EE(?:Lb|\w*?Lb){int(amsgrad)}E"
     return [kernel for kernel in kernels() if re.search(types, kernel.name)]
 
 
@@ -96,22 +98,25 @@ def test_every_architecture_has_all_kernels() -> None:
     update_count = len(_C.combinations()) * 2 * len(ARGUMENT_BYTES)
     for architecture, found in names.items():
         assert sum("update_kernel" in name for name in found) == update_count, architecture
-        assert sum("advance_kernel" in name for name in found) == len(ARGUMENT_BYTES), architecture
+        for name in ("advance_kernel", "norm_kernel"):
+            assert sum(name in kernel for kernel in found) == len(ARGUMENT_BYTES), architecture
 
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-@pytest.mark.parametrize(("param", "moment"), _C.combinations())
-def test_a_packet_is_moved_16_bytes_at_a_time(param: str, moment: str, amsgrad: bool) -> None:
+@pytest.mark.parametrize("combination", _C.combinations(), ids="-".join)
+def test_a_packet_is_moved_16_bytes_at_a_time(combination: tuple[str, str, str, str], amsgrad: bool) -> None:
+    param, moment, master, _ = combination
     lanes = 16 // min(ELEMENT_SIZES[param], ELEMENT_SIZES[moment])
     of_param, of_moment = (lanes * ELEMENT_SIZES[dtype] // 16 for dtype in (param, moment))
+    of_master = lanes * {"none": 0, "float32": 4, "remainder": 2}[master] // 16
     moments = 3 if amsgrad else 2
-    chosen = update_kernels(param, moment, amsgrad)
+    chosen = update_kernels(combination, amsgrad)
     assert len(chosen) == len(ARGUMENT_BYTES) * len(architectures())
     for kernel in chosen:
         what = f"{kernel.name} for {kernel.architecture}"
-        assert kernel.count(r"LDG\.E\S*\.128\S*") >= 2 * of_param + moments * of_moment, what
+        assert kernel.count(r"LDG\.E\S*\.128\S*") >= 2 * of_param + of_master + moments * of_moment, what
         # A gradient is written, too, where it is unscaled in place.
-        assert kernel.count(r"STG\.E\S*\.128\S*") >= 2 * of_param + moments * of_moment, what
+        assert kernel.count(r"STG\.E\S*\.128\S*") >= 2 * of_param + of_master + moments * of_moment, what
 
 
 def test_memory_is_accessed_as_global_memory() -> None:
@@ -146,7 +151,7 @@ def test_ptx_has_no_approximate_or_flushing_or_contracted_arithmetic() -> None:
 def test_arguments_fit_into_a_launch() -> None:
     if "compute_" not in _C.cuda_architectures:
         pytest.skip("this build has no PTX: add +PTX to TORCH_CUDA_ARCH_LIST")
-    argument = r"\.param \.align \d+ \.b8 \S*(?:update|advance|upload)_kernel\S*_param_0\[(\d+)\]"
+    argument = r"\.param \.align \d+ \.b8 \S*(?:update|advance|upload|norm)_kernel\S*_param_0\[(\d+)\]"
     sizes = [int(size) for size in re.findall(argument, ptx())]
-    assert len(sizes) == (len(_C.combinations()) * 2 + 2) * len(ARGUMENT_BYTES)
+    assert len(sizes) == (len(_C.combinations()) * 2 + 3) * len(ARGUMENT_BYTES)
     assert all(any(limit * 0.9 < size <= limit for limit in ARGUMENT_BYTES) for size in sizes)

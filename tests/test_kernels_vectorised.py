@@ -99,25 +99,35 @@ def assert_vector_loop(function: Function, level: str, operation: str, dtype: st
     assert not scalar, f"the vector loop of {function.name} takes elements apart: {scalar}"
 
 
-def grad_types(param: str) -> list[str]:
-    """The gradients that a param has a loop for: its own type, and the one that the arithmetic runs in."""
-    return sorted({param, "float64" if param == "float64" else "float32"})
+def grad_types(param: str, _moment: str, master: str, rounding: str) -> list[str]:
+    """The gradients that a combination has a loop for: the type that the arithmetic runs in, and torch's combinations
+    the param's own."""
+    own = {param} if (master, rounding) == ("none", "nearest") else set()
+    return sorted({*own, "float64" if param == "float64" else "float32"})
 
 
-LOOPS = [(param, grad, moment) for param, moment in COMBINATIONS for grad in grad_types(param)]
+def cpp_combination(param: str, moment: str, master: str, rounding: str) -> str:
+    kept, rounded = ("none", "float32", "remainder").index(master), ("nearest", "stochastic").index(rounding)
+    return (
+        f"adamw_ext::Combination<{CPP_TYPES[param]}, {CPP_TYPES[moment]}, "
+        f"(adamw_ext::Master){kept}, (adamw_ext::Rounding){rounded}>"
+    )
+
+
+LOOPS = [(combination, grad) for combination in COMBINATIONS for grad in grad_types(*combination)]
 
 
 @pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
-@pytest.mark.parametrize(("param", "grad", "moment"), LOOPS)
+@pytest.mark.parametrize(("combination", "grad"), LOOPS, ids=[f"{'-'.join(c)}-{grad}" for c, grad in LOOPS])
 @pytest.mark.parametrize("level", LEVELS)
 def test_the_update_loop_is_vector_code_of_its_levels_width(
-    level: str, param: str, grad: str, moment: str, amsgrad: bool
+    level: str, combination: tuple[str, str, str, str], grad: str, amsgrad: bool
 ) -> None:
     """Square roots and divisions are the last that a compiler vectorises: where they are packed, all is."""
-    types = ", ".join(CPP_TYPES[dtype] for dtype in (param, grad, moment))
+    types = f"{cpp_combination(*combination)}, {CPP_TYPES[grad]}"
     update = kernel(level, f"update_elements<{types}, {str(amsgrad).lower()}>")
     for operation in ("sqrt", "div"):
-        assert_vector_loop(update, level, operation, param)
+        assert_vector_loop(update, level, operation, combination[0])
 
 
 @pytest.mark.parametrize("dtype", CPP_TYPES)
@@ -133,6 +143,21 @@ def test_the_widen_loop_is_vector_code_of_its_levels_width(level: str, dtype: st
     widen = kernel(level, f"widen_elements<{CPP_TYPES[dtype]}>")
     mnemonic = ("" if level == "baseline" else "v") + "pslld"
     assert widen.innermost_loop_with(mnemonic, LEVELS[level])
+
+
+@pytest.mark.parametrize("dtype", CPP_TYPES)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_norm_loop_is_vector_code_of_its_levels_width(level: str, dtype: str) -> None:
+    """Squares are added in double, whatever the gradient's type."""
+    assert_vector_loop(kernel(level, f"add_squares<{CPP_TYPES[dtype]}>"), level, "mul", "float64")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_random_loop_is_vector_code_of_its_levels_width(level: str) -> None:
+    """AVX-512 has two instructions for 64-bit products."""
+    random_words = kernel(level, "fill_random_words")
+    mnemonics = {"baseline": ["pmuludq"], "avx2": ["vpmuludq"], "avx512": ["vpmuludq", "vpmullq"]}[level]
+    assert any(random_words.innermost_loop_with(mnemonic, LEVELS[level]) for mnemonic in mnemonics)
 
 
 # What each level may not contain, as the mnemonic and the operands. The run-time choice asks the processor for no more
@@ -173,7 +198,8 @@ def test_no_code_needs_more_than_its_level(level: str) -> None:
 
 @pytest.mark.parametrize(("level", "wider"), [("baseline", "avx2"), ("avx2", "avx512")])
 def test_the_next_levels_code_would_have_been_noticed(level: str, wider: str) -> None:
-    assert beyond(level, kernel(wider, "update_elements<float, float, float, false>"))
+    plain = cpp_combination("float32", "float32", "none", "nearest")
+    assert beyond(level, kernel(wider, f"update_elements<{plain}, float, false>"))
 
 
 def test_nothing_is_multiplied_and_added_in_one_rounding() -> None:

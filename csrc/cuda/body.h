@@ -121,14 +121,14 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void load_values(const Storage* from, bool aligned
   load_packet<count>(from, aligned, [&](int k, Storage element) { to[k] = load(element); });
 }
 
-// random: what each element is rounded with, where at_random.
-template <bool at_random, int count, class Storage, class T>
+// random: random(k) is what element k is rounded with, where at_random.
+template <bool at_random, int count, class Storage, class T, class Random>
 ADAMW_EXT_HD ADAMW_EXT_INLINE void store_values(Storage* to, bool aligned, const T (&from)[count],
-                                                const std::uint32_t (&random)[count]) {
+                                                const Random& random) {
   store_packet<count>(to, aligned, [&](int k) {
     Storage element;
     if constexpr (at_random) {
-      element.bits = static_cast<std::uint16_t>(round_at_random(from[k], random[k]));
+      element.bits = static_cast<std::uint16_t>(round_at_random(from[k], random(k)));
     } else {
       store(element, from[k]);
     }
@@ -195,10 +195,10 @@ struct UpdateOptions {
   bool writes_grads;  // gradients are unscaled in place
 };
 
-// What the elements of a packet are rounded with.
+// The random words of the elements of a packet. Each is taken apart only where it is used, to hold few registers.
 template <int lanes>
-struct PacketBits {
-  std::uint32_t param[lanes], exp_avg[lanes], exp_avg_sq[lanes], max_exp_avg_sq[lanes];
+struct PacketWords {
+  std::uint32_t first[lanes], second[lanes];
 
   ADAMW_EXT_HD ADAMW_EXT_INLINE void fill(const RandomKey& key, std::uint64_t element_number) {
     RandomBlock block{};
@@ -207,14 +207,12 @@ struct PacketBits {
       const std::uint64_t number = element_number + lane;
       const bool is_odd = number % elements_per_block != 0;
       if (lane == 0 || !is_odd) block = random_block(key, number / elements_per_block);
-      const RandomBits bits =
-          is_odd ? random_bits(block.words[2], block.words[3]) : random_bits(block.words[0], block.words[1]);
-      param[lane] = bits.param;
-      exp_avg[lane] = bits.exp_avg;
-      exp_avg_sq[lane] = bits.exp_avg_sq;
-      max_exp_avg_sq[lane] = bits.max_exp_avg_sq;
+      first[lane] = is_odd ? block.words[2] : block.words[0];
+      second[lane] = is_odd ? block.words[3] : block.words[1];
     }
   }
+
+  ADAMW_EXT_HD ADAMW_EXT_INLINE RandomBits bits(int lane) const { return random_bits(first[lane], second[lane]); }
 };
 
 template <int lanes, class C, bool amsgrad>
@@ -254,23 +252,26 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const UpdateEntry<C, amsgrad>& 
     v_max[lane] = e.max_exp_avg_sq;
   }
   constexpr bool at_random = C::rounds_moments_at_random;
-  PacketBits<lanes> bits;
-  if constexpr (C::is_stochastic) bits.fill(s.random, entry.element_number() + index);
+  PacketWords<lanes> words;
+  if constexpr (C::is_stochastic) words.fill(s.random, entry.element_number() + index);
   if constexpr (C::has_master) {
     store_packet<lanes>(param, aligned.param,
                         [&](int k) { return Param{static_cast<std::uint16_t>(keep<C>(p[k]).shown)}; });
     store_packet<lanes>(master, aligned.master, [&](int k) { return keep<C>(p[k]).stored; });
   } else {
-    store_values<C::rounds_param_at_random>(param, aligned.param, p, bits.param);
+    store_values<C::rounds_param_at_random>(param, aligned.param, p, [&](int k) { return words.bits(k).param; });
   }
-  store_values<at_random>(exp_avg, aligned.exp_avg, m, bits.exp_avg);
-  store_values<at_random>(exp_avg_sq, aligned.exp_avg_sq, v, bits.exp_avg_sq);
-  if constexpr (amsgrad) store_values<at_random>(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max, bits.max_exp_avg_sq);
+  store_values<at_random>(exp_avg, aligned.exp_avg, m, [&](int k) { return words.bits(k).exp_avg; });
+  store_values<at_random>(exp_avg_sq, aligned.exp_avg_sq, v, [&](int k) { return words.bits(k).exp_avg_sq; });
+  if constexpr (amsgrad)
+    store_values<at_random>(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max,
+                            [&](int k) { return words.bits(k).max_exp_avg_sq; });
   if (options.writes_grads) {
     ADAMW_EXT_UNROLL
     for (int lane = 0; lane < lanes; ++lane) g[lane] *= s.unscale;
-    visit_grad<T>(entry.grad, entry.grad_type(), index,
-                  [&](auto* grad) { store_values<false>(grad, aligned.grad, g, bits.param); });
+    visit_grad<T>(entry.grad, entry.grad_type(), index, [&](auto* grad) {
+      store_values<false>(grad, aligned.grad, g, [&](int k) { return words.bits(k).param; });
+    });
   }
 }
 

@@ -9,7 +9,7 @@ namespace adamw_ext::cuda {
 namespace {
 
 template <class Arguments>
-__global__ void __launch_bounds__(threads_per_block, resident_blocks)
+__global__ void __launch_bounds__(threads_per_block, Arguments::blocks_per_multiprocessor)
     update_kernel(const __grid_constant__ Arguments arguments) {
   update_chunk(arguments.header, arguments.entries, blockIdx.x, threadIdx.x, threads_per_block);
 }

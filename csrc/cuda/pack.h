@@ -15,11 +15,6 @@ namespace adamw_ext::cuda {
 
 constexpr int threads_per_block = 128;
 
-// What a multiprocessor has registers for at least: 128 for each thread, with which no update kernel spills on any
-// architecture (102 are too few for float64 with amsgrad on compute capability 10.0), and 512 threads with 64 bytes of
-// loads each: 32 KB in flight, where 3.35 TB/s and 0.7 microseconds of latency ask for 18 KB on each of 132.
-constexpr int resident_blocks = 4;
-
 // As cudaErrorInvalidValue.
 constexpr Error invalid_value = 1;
 
