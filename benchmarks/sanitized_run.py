@@ -28,6 +28,12 @@ COMBINATIONS = [
     *((getattr(torch, param), getattr(torch, moments)) for param, moments in {c[:2] for c in _C.combinations()}),
     (torch.complex64, torch.complex64),
 ]
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32 master, clipped": {"master_weights": "fp32", "max_grad_norm": 1.0},
+    "split master, random moments": {"master_weights": "split", "stochastic_rounding": True},
+    "random params and moments, amsgrad, clipped": {"stochastic_rounding": True, "amsgrad": True, "max_grad_norm": 1.0},
+    "split master, capturable, clipped": {"master_weights": "split", "capturable": True, "max_grad_norm": 1.0},
+}
 STEPS = 3
 
 
@@ -98,7 +104,7 @@ def compare(
 ) -> None:
     results = []
     for place in (device, "cpu"):
-        optimizer = make_optimizer(place, dtypes, MODES[mode])
+        optimizer = make_optimizer(place, dtypes, {**MODES, **PRECISIONS}[mode])
         run(optimizer, place)
         params = optimizer.param_groups[0]["params"]
         moments = [value for param in params for key, value in optimizer.state[param].items() if key != "step"]
@@ -118,7 +124,12 @@ def main() -> None:
             compare(device, dtypes, mode, step_with_scaler if options.get("fused") else step_plainly)
         if "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:  # without torch's allocator nothing can be captured
             compare(device, dtypes, "capturable", step_captured)
-    print(f"{len(COMBINATIONS)} dtype combinations, {len(MODES)} modes and graphs: the bits of the CPU")
+    for mode in PRECISIONS:
+        compare(device, (torch.bfloat16, torch.bfloat16), mode, step_plainly)
+    print(
+        f"{len(COMBINATIONS)} dtype combinations, {len(MODES)} modes and graphs, {len(PRECISIONS)} precisions of "
+        "bfloat16: the bits of the CPU"
+    )
 
 
 if __name__ == "__main__":
