@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from adamw_ext import _C
-from adamw_ext.optimizer import _STORAGE_OPTIONS, check_options, param_name
+from adamw_ext.optimizer import STORAGE_OPTIONS, check_options, param_name
 from adamw_ext.state import (
     MASTERS,
     MOMENTS,
-    _describe,
-    _is_master,
-    _is_moment,
-    _is_step,
+    describe,
+    is_master,
+    is_moment,
+    is_step,
     wanted_master,
     wanted_moment_dtype,
 )
@@ -60,7 +60,7 @@ def export_float32(optimizer: torch.optim.AdamW) -> dict[str, Any]:
             if state.get(number):
                 state[number] = _widened(param, group, state[number])
     groups = [
-        {key: copy.deepcopy(value) for key, value in group.items() if key not in _STORAGE_OPTIONS}
+        {key: copy.deepcopy(value) for key, value in group.items() if key not in STORAGE_OPTIONS}
         for group in exported["param_groups"]
     ]
     return {"state": state, "param_groups": groups}
@@ -217,13 +217,13 @@ def from_transformer_engine(state_dict: dict[str, Any], params: Iterable[Tensor]
         master = items.get("master_param")
         if master is None:
             continue
-        if param.dtype not in (torch.bfloat16, torch.float16):
-            del items["master_param"]
-        elif master.dtype == torch.int16:
+        if master.dtype == torch.int16:
             if param.dtype != torch.bfloat16 or param.shape != master.shape:
-                expected, found = f"of a torch.bfloat16 param of shape {tuple(master.shape)}", f"of {_describe(param)}"
+                expected, found = f"of a torch.bfloat16 param of shape {tuple(master.shape)}", f"of {describe(param)}"
                 raise _error(_TRANSFORMER_ENGINE.source, "master_param", f" of param {number}", expected, found)
             items["master_param"] = _C.join_master(param, master)
+        elif param.dtype not in (torch.bfloat16, torch.float16):
+            del items["master_param"]
     return converted
 
 
@@ -231,8 +231,8 @@ def from_bitsandbytes(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict of bitsandbytes.optim.AdamW or AdamW32bit with 32-bit states in the common form.
 
     As :func:`from_apex`, but ``step`` is each param's, an int, and the moments are ``state1`` and ``state2``: beside
-    ``step``, or since 0.50 in a dict ``__bnb_optimizer_quant_state__``. 8-bit states are refused, and so is what only
-    other optimizers and their clipping have: a third beta, ``alpha``, ``unorm_vec``, ``gnorm_vec``.
+    ``step``, or in newer versions in a dict ``__bnb_optimizer_quant_state__``. 8-bit states are refused, and so is what
+    only other optimizers and clipping have: a third beta, ``alpha``, ``unorm_vec``, ``gnorm_vec``.
 
     Source: dicts made with bitsandbytes 0.50.2 on a CPU; github.com/bitsandbytes-foundation/bitsandbytes,
     bitsandbytes/optim/optimizer.py at 06029dd6, for those before.
@@ -249,20 +249,21 @@ def from_bitsandbytes(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _converted(layout: _Layout, state_dict: dict[str, Any]) -> dict[str, Any]:
     state, groups = _parts(layout.source, state_dict)
-    steps = {number: group for group in groups for number in group["params"]} if layout.step_in_group else state
+    owners = {number: group for group in groups for number in group["params"]}
     converted = {}
     for number, items in state.items():
-        if number not in steps:
+        if number not in owners:
             raise _error(layout.source, "state", "", "of params in a group", f"of param {number!r}, in none")
         if items:
-            converted[number] = _converted_items(layout, number, items, steps[number])
+            counter = owners[number] if layout.step_in_group else items
+            converted[number] = _converted_items(layout, number, items, counter)
     return {"state": converted, "param_groups": [_converted_group(layout, *item) for item in enumerate(groups)]}
 
 
 def _converted_items(layout: _Layout, number: Any, items: dict[str, Any], counter: dict[str, Any]) -> dict[str, Any]:
     """One param's state; ``counter`` has its ``step``."""
     where = f" of param {number}"
-    if not _is_step(counter.get("step"), torch.empty(0)):
+    if not is_step(counter.get("step"), torch.empty(0)):
         raise _error(layout.source, "step", where, "a whole number of updates", _found(counter, "step"))
     converted = {"step": torch.tensor(float(counter["step"]), dtype=torch.float32)}
     for key, (our_key, dtypes) in layout.keys.items():
@@ -326,13 +327,13 @@ def _fitted(param: Tensor, group: dict[str, Any], items: dict[str, Any]) -> dict
 
 def _check_items(param: Tensor, name: str, items: dict[str, Any], *, amsgrad: bool) -> None:
     where = f" of {name}"
-    if not _is_step(items.get("step"), param):
+    if not is_step(items.get("step"), param):
         raise _error(_LOADED, "step", where, "a whole number of updates", _found(items, "step"))
     for key in MOMENTS if amsgrad or "max_exp_avg_sq" in items else MOMENTS[:2]:
-        if not _is_moment(items.get(key), param):
-            expected = f"{_describe(param)} (of any floating point precision and device)"
+        if not is_moment(items.get(key), param):
+            expected = f"{describe(param)} (of any floating point precision and device)"
             raise _error(_LOADED, key, where, expected, _found(items, key))
-    takes_master = param.is_floating_point() and _is_master(items.get("master_param"), param, "master_param")
+    takes_master = param.is_floating_point() and is_master(items.get("master_param"), param, "master_param")
     if "master_param" in items and not takes_master:
         expected = f"a torch.float32 tensor of shape {tuple(param.shape)} beside a real param"
         raise _error(_LOADED, "master_param", where, expected, _found(items, "master_param"))
@@ -347,8 +348,8 @@ def _check_hyperparameters(source: str, index: int, group: dict[str, Any]) -> No
         if not _is_number(group.get(key)):
             raise _error(source, key, where, "a number that is not negative", _found(group, key))
     betas = group.get("betas")
-    is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(_is_number, betas))
-    if not is_pair or not all(float(beta) < 1.0 for beta in betas):
+    is_pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    if not is_pair or not all(_is_number(beta) and float(beta) < 1.0 for beta in group["betas"]):
         raise _error(source, "betas", where, "two numbers in [0, 1)", _found(group, "betas"))
 
 
@@ -363,7 +364,7 @@ def _parts(source: str, state_dict: Any) -> tuple[dict[Any, Any], list[dict[str,
         raise _error(source, "param_groups", "", "a list of dicts", _found(state_dict, "param_groups"))
     for number, items in state.items():
         if not isinstance(items, dict):
-            raise _error(source, "state", f" of param {number}", "a dict", _describe(items))
+            raise _error(source, "state", f" of param {number}", "a dict", describe(items))
     for index, group in enumerate(groups):
         if not isinstance(group, dict) or not isinstance(group.get("params"), list):
             raise _error(source, "params", f" of group {index}", "a list of numbers", _found(group, "params"))
@@ -372,7 +373,7 @@ def _parts(source: str, state_dict: Any) -> tuple[dict[Any, Any], list[dict[str,
 
 def _check_count(source: str, key: str, where: str, found: Sized, expected: Sized) -> None:
     if len(found) != len(expected):
-        raise _error(source, key, where, f"{len(expected)}", f"{len(found)}")
+        raise _error(source, key, where, f"of length {len(expected)}", f"of length {len(found)}")
 
 
 def _is_number(value: Any) -> bool:
@@ -386,5 +387,5 @@ def _error(source: str, key: str, where: str, expected: str, found: str) -> Valu
 
 def _found(items: Any, key: str) -> str:
     if not isinstance(items, dict):
-        return f"in {_describe(items)}"
-    return _describe(items[key]) if key in items else f"missing: there are {', '.join(map(repr, items))}"
+        return f"in {describe(items)}"
+    return describe(items[key]) if key in items else f"missing: there are {', '.join(map(repr, items))}"

@@ -23,7 +23,7 @@ from adamw_ext.torch_path import find_problem, step_group
 
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
 _IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
-_STORAGE_OPTIONS = ("master_weights", "moment_dtype", "stochastic_rounding")
+STORAGE_OPTIONS = ("master_weights", "moment_dtype", "stochastic_rounding")
 
 # What torch.optim.AdamW does not have: options and their defaults. A group has those keys that were given.
 _DEFAULTS = {
@@ -337,7 +337,7 @@ class AdamW(torch.optim.AdamW):
         for current, loaded in zip(self.param_groups, groups, strict=True):
             for flag in _IMPLEMENTATION_FLAGS:
                 loaded[flag] = current[flag]
-            for option in _STORAGE_OPTIONS:
+            for option in STORAGE_OPTIONS:
                 loaded.pop(option, None)
             loaded.update({key: current[key] for key in _DEFAULTS if key in current and key not in loaded})
         state: dict[Any, Any] = incoming["state"]

@@ -103,11 +103,11 @@ def misfits(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list
     keys = ["step"] if _holds_number(step) and not fits else []
     for key in MOMENTS:
         moment = state.get(key)
-        if _is_moment(moment, param) and _within_storage(moment) and not _laid_out_as(moment, param):
+        if is_moment(moment, param) and _within_storage(moment) and not _laid_out_as(moment, param):
             keys.append(key)
     if master := wanted_master(param, group):
         value = state.get(master)
-        misplaced = _is_master(value, param, master) and _within_storage(value) and not _laid_out_as(value, param)
+        misplaced = is_master(value, param, master) and _within_storage(value) and not _laid_out_as(value, param)
         if value is None or misplaced:
             keys.append(master)
     return keys
@@ -151,9 +151,9 @@ def carry_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
 def _converted_master(param: Tensor, state: dict[str, Any], key: str) -> Tensor:
     """The master under another key, in the form of this one; the param's present value where there is none."""
     master, remainder = state.get("master_param"), state.get("param_remainder")
-    if key == "master_param" and _is_master(remainder, param, "param_remainder"):
+    if key == "master_param" and is_master(remainder, param, "param_remainder"):
         return _laid_out_copy(_whole_master(param, remainder), param, torch.float32)
-    if key == "param_remainder" and _is_master(master, param, "master_param"):
+    if key == "param_remainder" and is_master(master, param, "master_param"):
         return _laid_out_copy(_taken_apart(param, master), param, torch.int16)
     return new_master(param, key)
 
@@ -197,20 +197,20 @@ class StateLoad:
         self, param: Tensor, name: str, group: dict[str, Any], loaded: Any, existing: dict[str, Any], live: set[int]
     ) -> None:
         if not isinstance(loaded, dict):
-            raise ValueError(f"loaded state of {name} must be a dict, but is {_describe(loaded)}")
+            raise ValueError(f"loaded state of {name} must be a dict, but is {describe(loaded)}")
         self._param = param
         self._existing = existing
         self._device = _step_device(param, group)
         self._moment_dtype = wanted_moment_dtype(param, group)
         self._loaded = {key: value.tensor if isinstance(value, Carried) else value for key, value in loaded.items()}
-        if self._loaded and not _is_step(self._loaded.get("step"), param):
-            found = _describe(self._loaded.get("step", "missing"))
+        if self._loaded and not is_step(self._loaded.get("step"), param):
+            found = describe(self._loaded.get("step", "missing"))
             raise ValueError(f"loaded state 'step' of {name} must be a whole number of updates, but is {found}")
         for key in MOMENTS:
-            if key in self._loaded and not _is_moment(self._loaded[key], param):
+            if key in self._loaded and not is_moment(self._loaded[key], param):
                 raise ValueError(
-                    f"loaded state {key!r} of {name} must be {_describe(param)} (any floating point precision), "
-                    f"but is {_describe(self._loaded[key])}"
+                    f"loaded state {key!r} of {name} must be {describe(param)} (any floating point precision), "
+                    f"but is {describe(self._loaded[key])}"
                 )
         self._master = wanted_master(param, group)
         for key in MASTERS:
@@ -222,10 +222,10 @@ class StateLoad:
                     f"loaded state {key!r} of {name} is a master weight, but master_weights of its group is "
                     f"{group.get('master_weights')!r} and its dtype {param.dtype}"
                 )
-            if not _is_master(value, param, key):
+            if not is_master(value, param, key):
                 raise ValueError(
                     f"loaded state {key!r} of {name} must be a {MASTERS[key]} tensor of shape {tuple(param.shape)}, "
-                    f"but is {_describe(value)}"
+                    f"but is {describe(value)}"
                 )
         for key, value in self._loaded.items():
             shared = isinstance(value, Tensor) and _storage_address(value) in live
@@ -242,7 +242,7 @@ class StateLoad:
     def _load_master(self, key: str) -> Tensor:
         value = self._loaded[key] if key in self._loaded else _converted_master(self._param, self._loaded, key)
         existing = self._existing.get(key)
-        if _is_master(existing, self._param, key):
+        if is_master(existing, self._param, key):
             return existing.copy_(value)
         return _laid_out_copy(value, self._param, MASTERS[key])
 
@@ -285,13 +285,13 @@ def _holds_number(value: Any) -> bool:
     return isinstance(value, (int, float))
 
 
-def _is_step(value: Any, param: Tensor) -> bool:
+def is_step(value: Any, param: Tensor) -> bool:
     if isinstance(value, Tensor) and value.is_meta and param.is_meta:
         return True
     return _holds_number(value) and float(value) >= 0.0 and float(value).is_integer()
 
 
-def _is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
+def is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and value.shape == param.shape
@@ -302,7 +302,7 @@ def _is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
     )
 
 
-def _is_master(value: Any, param: Tensor, key: str) -> TypeGuard[Tensor]:
+def is_master(value: Any, param: Tensor, key: str) -> TypeGuard[Tensor]:
     return (
         isinstance(value, Tensor)
         and (value.shape, value.dtype, value.layout) == (param.shape, MASTERS[key], param.layout)
@@ -310,7 +310,7 @@ def _is_master(value: Any, param: Tensor, key: str) -> TypeGuard[Tensor]:
     )
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
     layout = "" if value.layout == torch.strided else f" and layout {value.layout}"

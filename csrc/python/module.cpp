@@ -114,8 +114,10 @@ class GroupReader {
 
   std::uint64_t to_seed(const py::object& value) const {
     if (value.is_none()) return 0;
-    if (!PyLong_Check(value.ptr())) throw refusal(index_, "seed", "an int", value);
-    return PyLong_AsUnsignedLongLongMask(value.ptr());
+    const bool is_int = PyLong_CheckExact(value.ptr());
+    const std::uint64_t seed = is_int ? PyLong_AsUnsignedLongLong(value.ptr()) : 0;
+    if (!is_int || PyErr_Occurred() != nullptr) throw refusal(index_, "seed", "an int in [0, 2**64)", value);
+    return seed;
   }
 
   Master to_master(const py::object& value) const {
