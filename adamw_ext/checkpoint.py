@@ -309,10 +309,10 @@ def _recalled(param: Tensor, key: str, value: Tensor) -> Tensor:
     if key == "param_remainder":
         return _C.join_master(param, value)
     stored, shown = value.to("cpu", copy=True), param.detach().cpu()
-    is_bfloat16 = param.dtype == torch.bfloat16
-    written = _C.join_master(shown, stored.view(torch.int32).short()) if is_bfloat16 else shown.float()
+    if param.dtype == torch.bfloat16:
+        return _C.join_master(shown, stored.view(torch.int32).short())
     is_shown = stored.to(param.dtype).view(torch.int16) == shown.view(torch.int16)
-    return torch.where(is_shown, stored, written)
+    return torch.where(is_shown, stored, shown.float())
 
 
 def _fitted(param: Tensor, group: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:

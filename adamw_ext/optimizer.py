@@ -337,6 +337,8 @@ class AdamW(torch.optim.AdamW):
         for current, loaded in zip(self.param_groups, groups, strict=True):
             for flag in _IMPLEMENTATION_FLAGS:
                 loaded[flag] = current[flag]
+            if loaded.get("stochastic_rounding"):
+                loaded.setdefault("seed", _DEFAULTS["seed"])
             for option in STORAGE_OPTIONS:
                 loaded.pop(option, None)
             loaded.update({key: current[key] for key in _DEFAULTS if key in current and key not in loaded})

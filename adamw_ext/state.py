@@ -61,6 +61,8 @@ def wanted_master(param: Tensor, group: dict[str, Any]) -> str | None:
     mode = group.get("master_weights")
     if mode is None or param.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
         return None
+    if mode not in ("fp32", "split"):
+        raise ValueError(f"master_weights must be 'fp32', 'split' or None, but is {mode!r}")
     takes = (torch.bfloat16, torch.float16) if mode == "fp32" else (torch.bfloat16,)
     if param.dtype in takes and runs_in_kernel(param):
         return _MASTER_KEYS[mode]
@@ -127,6 +129,8 @@ def conform_state(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -
             state[key] = _converted_master(param, state, key)
         else:
             state[key] = _laid_out_copy(value, param, value.dtype)
+    for key in MASTERS.keys() - {wanted_master(param, group)}:
+        state.pop(key, None)
 
 
 class Carried:
@@ -154,7 +158,7 @@ def _converted_master(param: Tensor, state: dict[str, Any], key: str) -> Tensor:
     if key == "master_param" and is_master(remainder, param, "param_remainder"):
         return _laid_out_copy(_whole_master(param, remainder), param, torch.float32)
     if key == "param_remainder" and is_master(master, param, "master_param"):
-        return _laid_out_copy(_taken_apart(param, master), param, torch.int16)
+        return _laid_out_copy(_C.split_master(master)[1], param, torch.int16)
     return new_master(param, key)
 
 
@@ -167,14 +171,13 @@ def _whole_master(param: Tensor, remainder: Tensor) -> Tensor:
     return torch.where(master.view(torch.int32).short() == rest, master, beside.view(torch.float32))
 
 
-def _taken_apart(param: Tensor, master: Tensor) -> Tensor:
-    """The remainder of a master. A param that shows it rounded half to even, as others round, is made to show it as
-    ``split`` does: the two are equally near."""
-    high, low = _C.split_master(master)
+def _show(param: Tensor, master: Tensor) -> None:
+    """A bfloat16 param that shows its master rounded half to even, as others round, is made to show it as ``split``
+    does: the two are equally near."""
+    high, _ = _C.split_master(master)
     shown = param.detach().cpu()
     is_rounded_to_even = shown == master.cpu().to(param.dtype)
     param.detach().copy_(torch.where(is_rounded_to_even, high, shown))
-    return low
 
 
 class StateLoad:
@@ -235,12 +238,14 @@ class StateLoad:
     def apply(self) -> dict[str, Any]:
         """The new state; writes into tensors of the existing one."""
         state = {key: self._load(key, value) for key, value in self._loaded.items() if key not in MASTERS}
-        if self._master is not None and any(key in self._loaded for key in MASTERS):
+        if self._master is not None and self._loaded:
             state[self._master] = self._load_master(self._master)
         return state
 
     def _load_master(self, key: str) -> Tensor:
         value = self._loaded[key] if key in self._loaded else _converted_master(self._param, self._loaded, key)
+        if "master_param" in self._loaded and self._param.dtype == torch.bfloat16:
+            _show(self._param, self._loaded["master_param"])
         existing = self._existing.get(key)
         if is_master(existing, self._param, key):
             return existing.copy_(value)

@@ -55,21 +55,15 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE std::uint32_t show_master<bfloat16>(float master) 
 
 // The master that a step starts from. It is the stored one unless someone has written another value into the param:
 // then the param counts, for bfloat16 with the master's low bits as remainder, exactly as with a split master.
-// Either nearest value is taken for unwritten, because others who keep masters round ties to even.
-template <class Half>
-ADAMW_EXT_HD ADAMW_EXT_INLINE float written_master(float, std::uint32_t param) {
-  return codec<Half>::decode(param);
-}
-template <>
-ADAMW_EXT_HD ADAMW_EXT_INLINE float written_master<bfloat16>(float stored, std::uint32_t param) {
-  return join(param, bit_cast<std::uint32_t>(stored) & 0xffffu);
-}
-
 template <class Half>
 ADAMW_EXT_HD ADAMW_EXT_INLINE float recall_master(float stored, std::uint32_t param) {
-  const std::uint32_t written = bit_cast<std::uint32_t>(written_master<Half>(stored, param));
+  const std::uint32_t written = bit_cast<std::uint32_t>(codec<Half>::decode(param));
   const std::uint32_t is_unwritten = codec<Half>::encode(stored) == param ? ~0u : 0u;
   return bit_cast<float>((bit_cast<std::uint32_t>(stored) & is_unwritten) | (written & ~is_unwritten));
+}
+template <>
+ADAMW_EXT_HD ADAMW_EXT_INLINE float recall_master<bfloat16>(float stored, std::uint32_t param) {
+  return join(param, bit_cast<std::uint32_t>(stored) & 0xffffu);
 }
 
 // A param with a master, as a combination stores it.
