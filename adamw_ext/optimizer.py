@@ -1,5 +1,6 @@
 """The optimizer class: torch.optim.AdamW's interface over the multi-tensor kernel."""
 
+import math
 from collections.abc import Callable, Iterable
 from threading import RLock
 from types import NoneType
@@ -224,8 +225,11 @@ class AdamW(torch.optim.AdamW):
         """
         if all(group.get("max_grad_norm") is None for group in self.param_groups):
             raise RuntimeError("grad_norm is measured only where max_grad_norm is set, but it is None in every group")
-        device = next(group["params"][0].device for group in self.param_groups if group["params"])
-        return self._sums_of_squares.on(str(device)).sqrt()
+        devices = (param.device for group in self.param_groups for param in group["params"])
+        sum_of_squares = self._sums_of_squares.on(str(next(devices, "cpu")))
+        if sum_of_squares.is_cuda:
+            return sum_of_squares.sqrt()
+        return torch.tensor(math.sqrt(sum_of_squares.item()), dtype=torch.float64)  # torch's is off by a bit at times
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW.
@@ -287,7 +291,6 @@ class AdamW(torch.optim.AdamW):
     def _make_stepper(self, created: list[Tensor]) -> _C.Stepper:
         members: list[tuple[Tensor, dict[str, Any] | None, int, str, int, int]] = []
         number = -1  # of the param in this optimizer
-        torch_updates = ""
         self._elsewhere = []
         capturing = _C.cuda_kernels and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         for index, group in enumerate(self.param_groups):
@@ -298,7 +301,6 @@ class AdamW(torch.optim.AdamW):
                 name = param_name(group, index, position)
                 if group["differentiable"] or not runs_in_kernel(param):
                     check_left_to_torch(group, name)
-                    torch_updates = name
                     elsewhere.append(param)
                     continue
                 state = self.state.get(param)
@@ -314,21 +316,26 @@ class AdamW(torch.optim.AdamW):
                 members.append((param, state or None, index, name, number, 0))
             if elsewhere:
                 self._elsewhere.append((index, elsewhere))
-        if self._elsewhere and any(group.get("max_grad_norm") is not None for group in self.param_groups):
-            raise RuntimeError(f"max_grad_norm needs the hand-written kernel, but {torch_updates} is updated by torch")
         self._check_elsewhere()
         return _C.Stepper(self.param_groups, self.state, members, self._mirror, self._skips, self._sums_of_squares)
 
     def _check_elsewhere(self) -> None:
-        """Refuse a step that torch's functional AdamW would refuse after other params have moved."""
+        """Refuse a step that torch's functional AdamW would refuse after other params have moved, or cannot clip."""
+        if self._elsewhere and any(group.get("max_grad_norm") is not None for group in self.param_groups):
+            index, (param, *_) = self._elsewhere[0]
+            name = self._name_of(index, param)
+            raise RuntimeError(f"max_grad_norm needs the hand-written kernel, but {name} is updated by torch")
         for index, params in self._elsewhere:
             for param in params:
                 problem = find_problem(param)
                 if problem is None:
                     continue
-                group = self.param_groups[index]
-                position = next(i for i, other in enumerate(group["params"]) if other is param)
-                raise RuntimeError(f"{param_name(group, index, position)} cannot be updated: {problem}")
+                raise RuntimeError(f"{self._name_of(index, param)} cannot be updated: {problem}")
+
+    def _name_of(self, index: int, param: Tensor) -> str:
+        group = self.param_groups[index]
+        position = next(i for i, other in enumerate(group["params"]) if other is param)
+        return param_name(group, index, position)
 
     @torch.no_grad()
     def _finish_load(self, incoming: dict[str, Any]) -> None:

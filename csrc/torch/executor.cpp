@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
@@ -83,6 +84,7 @@ class CpuExecutor : public Executor {
 }  // namespace
 
 at::Tensor make_persistent(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device) {
+  const c10::InferenceMode off(false);  // later steps may run outside of it
   return device.is_cuda() ? make_persistent_on_cuda(sizes, dtype, device)
                           : at::zeros(sizes, at::TensorOptions().dtype(dtype).device(device));
 }

@@ -324,7 +324,7 @@ void Stepper::begin_norm(const StepInputs& inputs) {
   const bool several = std::count_if(buckets_.begin(), buckets_.end(), is_active) > 1;
   int place = 0;
   for (Bucket& bucket : buckets_) {
-    if (!clips_ || !bucket.active) continue;
+    if (!clips_) continue;
     bucket.sum_of_squares = inputs.norms->on(bucket.device);
     bucket.own_sum_of_squares = several ? inputs.norms->on(bucket.device, ++place) : bucket.sum_of_squares;
   }
@@ -354,7 +354,7 @@ Work Stepper::work_of(const Bucket& bucket) const {
 void Stepper::measure() {
   if (!clips_) return;
   const at::NoGradGuard no_grad;
-  at::Tensor total;  // where several buckets' sums are added up
+  at::Tensor total;  // where several buckets' sums are added up, or none
   for (Bucket& bucket : buckets_) {
     if (!bucket.active) continue;
     Work work = work_of(bucket);
@@ -364,6 +364,7 @@ void Stepper::measure() {
     total = total.defined() ? at::add(total, bucket.own_sum_of_squares.to(total.device())) : bucket.own_sum_of_squares;
   }
   for (Bucket& bucket : buckets_) {
+    if (!total.defined()) bucket.sum_of_squares.zero_();
     if (bucket.active) bucket.sum_of_squares.copy_(total);
   }
 }
