@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short test test-slow test-cuda-build gpu-check mutation mutation-sample bench lint format clean
+.PHONY: demo demo-short test test-slow test-cuda-build gpu-check mutation mutation-sample bench bench-modes lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -63,6 +63,11 @@ mutation-sample: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.accuracy
+
+# What each precision mode costs in bytes, time and final loss.
+bench-modes: $(VENV)/installed
+	$(BIN)/python -m benchmarks.parity
+	$(BIN)/python -m benchmarks.modes
 
 $(VENV)/linters: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,6 +1,8 @@
 """The optimizer class: torch.optim.AdamW's interface over the multi-tensor kernel."""
 
+import functools
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from threading import RLock
 from types import NoneType
@@ -15,6 +17,7 @@ from adamw_ext.state import (
     StateLoad,
     carry_tensors,
     conform_state,
+    drop_other_masters,
     misfits,
     new_state,
     runs_in_kernel,
@@ -185,14 +188,15 @@ class AdamW(torch.optim.AdamW):
                     self.state[param] = new_state(param, group)
                 elif runs_in_kernel(param):
                     conform_state(param, state, group)
+                    drop_other_masters(param, state, group)
 
     def sync_hyperparameters(self) -> None:
         """Hand the groups' present numbers (lr, betas, eps, weight_decay, max_grad_norm, seed) to captured steps.
 
         A captured step reads them in device memory, which this writes, in the order of the current stream: call it
         after a change, before the next replay. Tensor hyperparameters need no call; change them in place. Whatever is
-        not captured reads all hyperparameters itself. There is one number for each group: steps captured with different
-        floats replay with the same.
+        not captured reads all hyperparameters itself. A step that was captured without ``max_grad_norm`` never clips.
+        There is one number for each group: steps captured with different floats replay with the same.
 
         Raises:
             ValueError, TypeError: a hyperparameter is not usable; those of groups before it have been handed over.
@@ -282,6 +286,10 @@ class AdamW(torch.optim.AdamW):
             self._stepper = self._make_stepper(created)
             if not self._stepper.step(self.param_groups, self.state, grad_scale, found_inf):
                 raise RuntimeError("params or state were changed by another thread during step()")
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if state := self.state.get(param):
+                        drop_other_masters(param, state, group)
         except BaseException:
             self._stepper = None
             for param in created:
@@ -300,7 +308,6 @@ class AdamW(torch.optim.AdamW):
                 number += 1
                 name = param_name(group, index, position)
                 if group["differentiable"] or not runs_in_kernel(param):
-                    check_left_to_torch(group, name)
                     elsewhere.append(param)
                     continue
                 state = self.state.get(param)
@@ -313,7 +320,8 @@ class AdamW(torch.optim.AdamW):
                 elif not state and param.grad is not None:
                     created.append(param)
                     state = self.state[param] = new_state(param, group)
-                members.append((param, state or None, index, name, number, 0))
+                is_left_out = capturing and param.grad is None  # its state may still have to be converted
+                members.append((param, None if is_left_out else state or None, index, name, number, 0))
             if elsewhere:
                 self._elsewhere.append((index, elsewhere))
         self._check_elsewhere()
@@ -327,6 +335,7 @@ class AdamW(torch.optim.AdamW):
             raise RuntimeError(f"max_grad_norm needs the hand-written kernel, but {name} is updated by torch")
         for index, params in self._elsewhere:
             for param in params:
+                check_left_to_torch(self.param_groups[index], param, functools.partial(self._name_of, index, param))
                 problem = find_problem(param)
                 if problem is None:
                     continue
@@ -346,6 +355,8 @@ class AdamW(torch.optim.AdamW):
                 loaded[flag] = current[flag]
             if loaded.get("stochastic_rounding"):
                 loaded.setdefault("seed", _DEFAULTS["seed"])
+            where = f" in a loaded param group with {len(loaded['params'])} params"
+            check_options({key: loaded[key] for key in ("seed", "max_grad_norm") if key in loaded}, where)
             for option in STORAGE_OPTIONS:
                 loaded.pop(option, None)
             loaded.update({key: current[key] for key in _DEFAULTS if key in current and key not in loaded})
@@ -401,14 +412,15 @@ def check_options(options: dict[str, Any], where: str) -> None:
 
 def is_norm(value: Any) -> bool:
     """Whether max_grad_norm may be this."""
-    return value is None or (isinstance(value, (int, float)) and value >= 0.0)
+    return value is None or (isinstance(value, numbers.Real) and float(value) >= 0.0)
 
 
-def check_left_to_torch(group: dict[str, Any], name: str) -> None:
+def check_left_to_torch(group: dict[str, Any], param: Tensor, name: Callable[[], str]) -> None:
     """Raise RuntimeError if a param that torch updates is in a group with options that torch does not have."""
-    for key in ("master_weights", "stochastic_rounding"):
-        if group.get(key, _DEFAULTS[key]) != _DEFAULTS[key]:
-            raise RuntimeError(f"{key}={group[key]!r} needs the hand-written kernel, but {name} is updated by torch")
+    for key in STORAGE_OPTIONS:
+        value = group.get(key, _DEFAULTS[key])
+        if value != _DEFAULTS[key] and value != param.dtype:
+            raise RuntimeError(f"{key}={value!r} needs the hand-written kernel, but {name()} is updated by torch")
 
 
 def check_flags(group: dict[str, Any], index: int) -> None:

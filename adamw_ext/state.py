@@ -74,6 +74,8 @@ def wanted_master(param: Tensor, group: dict[str, Any]) -> str | None:
 
 def new_master(param: Tensor, key: str) -> Tensor:
     """A master that is the param's present value."""
+    if not _within_storage(param):
+        raise RuntimeError(f"a master cannot be made of {describe(param)}: its storage was freed or resized")
     if key == "param_remainder":
         return torch.zeros_like(param, dtype=torch.int16, memory_format=torch.preserve_format, requires_grad=False)
     return _laid_out_copy(param.detach(), param, torch.float32)
@@ -129,6 +131,11 @@ def conform_state(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -
             state[key] = _converted_master(param, state, key)
         else:
             state[key] = _laid_out_copy(value, param, value.dtype)
+
+
+def drop_other_masters(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    """Remove masters in a form that the group no longer asks for. Once a step has run on the form that it asks for, or
+    on the param, they would be stale."""
     for key in MASTERS.keys() - {wanted_master(param, group)}:
         state.pop(key, None)
 
@@ -230,6 +237,10 @@ class StateLoad:
                     f"loaded state {key!r} of {name} must be a {MASTERS[key]} tensor of shape {tuple(param.shape)}, "
                     f"but is {describe(value)}"
                 )
+        for key in (*MOMENTS, *MASTERS):
+            value = self._loaded.get(key)
+            if isinstance(value, Tensor) and runs_in_kernel(param) and not _within_storage(value):
+                raise ValueError(f"loaded state {key!r} of {name} has no memory: its storage was freed or resized")
         for key, value in self._loaded.items():
             shared = isinstance(value, Tensor) and _storage_address(value) in live
             if shared and value is not existing.get(key):
@@ -247,7 +258,7 @@ class StateLoad:
         if "master_param" in self._loaded and self._param.dtype == torch.bfloat16:
             _show(self._param, self._loaded["master_param"])
         existing = self._existing.get(key)
-        if is_master(existing, self._param, key):
+        if is_master(existing, self._param, key) and _within_storage(existing):
             return existing.copy_(value)
         return _laid_out_copy(value, self._param, MASTERS[key])
 
@@ -257,7 +268,11 @@ class StateLoad:
             return _into(existing, _new_step(value, self._device))
         if key in MOMENTS:
             dtype = self._moment_dtype or _kept_moment_dtype(self._param, value)
-            if isinstance(existing, Tensor) and existing.dtype == dtype and existing.shape == value.shape:
+            if (
+                isinstance(existing, Tensor)
+                and (existing.dtype, existing.shape) == (dtype, value.shape)
+                and (not runs_in_kernel(self._param) or _within_storage(existing))
+            ):
                 return existing.copy_(value)
             return _laid_out_copy(value, self._param, dtype)
         if isinstance(value, Tensor):  # a key that is not ours: torch's rule

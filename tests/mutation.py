@@ -27,6 +27,9 @@ TESTS = (
     "tests/test_emulation.py",
     "tests/test_gradient_dtypes.py",
 )
+CLIPPING = ("tests/test_max_grad_norm.py",)
+MASTERS = ("tests/test_split_masters.py", "tests/test_master_weights.py")
+STOCHASTIC = ("tests/test_stochastic_rounding.py",)
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
 
@@ -36,13 +39,14 @@ class Fault:
     file: str
     old: str  # occurs once in the file
     new: str
+    tests: tuple[str, ...] = TESTS  # one of them must notice it
 
 
 FAULTS = [
     # The arithmetic.
     Fault("weight decay is forgotten", "csrc/core/update.h", "e.param - (decay + descent)", "e.param - descent"),
     Fault(
-        "weight decay is not scaled by lr", "csrc/core/hyper.h", "hyper.lr * hyper.weight_decay}", "hyper.weight_decay}"
+        "weight decay is not scaled by lr", "csrc/core/hyper.h", "hyper.lr * hyper.weight_decay,", "hyper.weight_decay,"
     ),
     Fault(
         "eps is added before the bias correction",
@@ -67,8 +71,8 @@ FAULTS = [
     Fault(
         "the bias correction lags a step",
         "csrc/torch/stepper.cpp",
-        "static_cast<std::int64_t>(done) + 1, grad_factor",
-        "static_cast<std::int64_t>(done) + (done > 0 ? 0 : 1), grad_factor",
+        "static_cast<std::int64_t>(done) + 1, unscale_",
+        "static_cast<std::int64_t>(done) + (done > 0 ? 0 : 1), unscale_",
     ),
     # Storage.
     Fault("bfloat16 ties are rounded up", "csrc/core/dtypes.h", "0x7fffu + ((bits >> 16) & 1u)", "0x8000u"),
@@ -95,8 +99,8 @@ FAULTS = [
     Fault(
         "an element at a cut is updated twice",
         "csrc/core/table.h",
-        "segment(entry, begin, end < entry.numel ? end : entry.numel);",
-        "segment(entry, begin, end < entry.numel ? end + 1 : entry.numel);",
+        "segment(entry, begin, end < numel ? end : numel);",
+        "segment(entry, begin, end < numel ? end + 1 : numel);",
     ),
     Fault(
         "the last chunk is dropped unless it is full",
@@ -129,7 +133,7 @@ FAULTS = [
         "numel = slot.numel;",
         "numel = i == 0 || i + 1 < slots_.size() ? slot.numel : 0;",
     ),
-    Fault("maximize is ignored", "csrc/torch/stepper.cpp", "options.maximize ? -unscale_ : unscale_", "unscale_"),
+    Fault("maximize is ignored", "csrc/torch/stepper.cpp", "unscale_, options.maximize)", "unscale_, false)"),
     Fault(
         "found_inf is ignored",
         "csrc/torch/stepper.cpp",
@@ -169,7 +173,10 @@ FAULTS = [
         "compute_scalars(source.read(), done + (done > 0 ? 0 : 1),",
     ),
     Fault(
-        "a capturable step ignores maximize", "csrc/core/advance.h", "source.maximize ? -unscale : unscale", "unscale"
+        "a capturable step ignores maximize",
+        "csrc/core/advance.h",
+        "scaling.unscale(), source.maximize",
+        "scaling.unscale(), false",
     ),
     Fault(
         "a capturable step ignores found_inf",
@@ -188,8 +195,8 @@ FAULTS = [
     Fault(
         "an entry that fills a launch is dropped",
         "csrc/cuda/pack.h",
-        "if (const Error error = flush()) return error;",
-        "return flush();",
+        "if (const Error error = flush()) return error;\n      if (units > most_units)",
+        "return flush();\n      if (units > most_units)",
     ),
     Fault(
         "the scalar kernel counts a skipped step",
@@ -200,26 +207,126 @@ FAULTS = [
     Fault(
         "the update kernel ignores found_inf",
         "csrc/cuda/arguments.h",
-        "if (Scaling{nullptr, arguments.found_inf}.skips()) return;",
+        "if (Scaling{nullptr, header.found_inf}.skips()) return;",
         "",
     ),
     Fault(
         "a gradient of another dtype is read as the param's",
         "csrc/cpu/launch.cpp",
-        "if (entry.grad_dtype == dtypes_of[entry.combination].param) {",
-        "if (true) {",
+        "own != nullptr && entry.grad_dtype == size.param",
+        "own != nullptr",
     ),
     Fault(
         "the second piece of a widened gradient repeats the first",
         "csrc/cpu/launch.cpp",
-        "(entry, wide, begin, stop);",
-        "(entry, wide, 0, stop - begin);",
+        "rest.grad = from(entry.grad, size_of(entry.grad_dtype));",
+        "rest.grad = entry.grad;",
     ),
     Fault(
         "scalars of a second upload overwrite the first",
         "csrc/cuda/pack.h",
         "arguments.destination = destination + begin;",
         "arguments.destination = destination;",
+    ),
+    # Clipping.
+    Fault(
+        "the norm drops the last piece",
+        "csrc/cpu/launch.cpp",
+        "return add_up(sums, table.piece_count);",
+        "return add_up(sums, table.piece_count > 1 ? table.piece_count - 1 : table.piece_count);",
+        CLIPPING,
+    ),
+    Fault(
+        "the norm kernel drops the last piece",
+        "csrc/cuda/pack.h",
+        "TotalArguments{sums, table.piece_count,",
+        "TotalArguments{sums, table.piece_count > 1 ? table.piece_count - 1 : table.piece_count,",
+        CLIPPING,
+    ),
+    Fault(
+        "the norm adds the accumulators in another order",
+        "csrc/core/norm.h",
+        "accumulators[i] += accumulators[i + half];",
+        "accumulators[i] += accumulators[2 * half - 1 - i];",
+        CLIPPING,
+    ),
+    Fault(
+        "a skipped step is measured",
+        "csrc/torch/executor.cpp",
+        "} else if (!steps.scaling.skips()) {",
+        "} else {",
+        CLIPPING,
+    ),
+    Fault(
+        "the total kernel ignores found_inf",
+        "csrc/cuda/arguments.h",
+        "if (arguments.scaling.skips()) return false;",
+        "",
+        CLIPPING,
+    ),
+    Fault(
+        "the clip coefficient is not limited to 1",
+        "csrc/core/norm.h",
+        "return coefficient >= 1.0 ? 1.0 : coefficient;",
+        "return coefficient;",
+        CLIPPING,
+    ),
+    Fault(
+        "the norm is that of scaled gradients",
+        "csrc/core/norm.h",
+        "return sum * unscale * unscale;",
+        "return sum;",
+        CLIPPING,
+    ),
+    Fault(
+        "gradients are written back clipped",
+        "csrc/cpu/launch.cpp",
+        "kernels.unscale[grad](entry, options.unscale, begin, end);",
+        "kernels.unscale[grad](entry, table.scalars[entry.scalars].in_double.grad_factor, begin, end);",
+        CLIPPING,
+    ),
+    Fault(
+        "the update kernel writes gradients back clipped",
+        "csrc/cuda/body.h",
+        "g[lane] *= s.unscale;",
+        "g[lane] *= s.grad_factor;",
+        CLIPPING,
+    ),
+    Fault(
+        "two buckets are clipped by their own sums",
+        "csrc/torch/stepper.cpp",
+        "bucket.sum_of_squares.copy_(total);",
+        "bucket.sum_of_squares.copy_(bucket.own_sum_of_squares);",
+        CLIPPING,
+    ),
+    # Masters and stochastic rounding.
+    Fault(
+        "a negative remainder does not borrow",
+        "csrc/core/rounding.h",
+        "((high - (remainder >> 15)) << 16) | remainder",
+        "(high << 16) | remainder",
+        MASTERS,
+    ),
+    Fault(
+        "a param that someone has written to is ignored",
+        "csrc/core/rounding.h",
+        "codec<Half>::encode(stored) == param ? ~0u : 0u",
+        "~0u",
+        MASTERS,
+    ),
+    Fault(
+        "random bits do not depend on the step",
+        "csrc/core/random.h",
+        "std::uint32_t x2 = key.step, x3 = 0;",
+        "std::uint32_t x2 = 0, x3 = 0;",
+        STOCHASTIC,
+    ),
+    Fault(
+        "every piece has the random bits of the first",
+        "csrc/cpu/launch.cpp",
+        "rest.element_number += static_cast<std::uint64_t>(begin);",
+        "",
+        STOCHASTIC,
     ),
 ]
 
@@ -273,10 +380,10 @@ class Copy:
         shutil.rmtree(self.tree / "build")
         shutil.copytree(self.built, self.tree / "build")
 
-    def first_failure(self) -> str | None:
+    def first_failure(self, tests: tuple[str, ...]) -> str | None:
         """The first test that fails, or how the tests ended otherwise; None if all pass."""
         try:
-            result = self.run("-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *TESTS, timeout=TEST_TIMEOUT)
+            result = self.run("-m", "pytest", "-x", "-rfE", "-p", "no:cacheprovider", *tests, timeout=TEST_TIMEOUT)
         except subprocess.TimeoutExpired:
             return f"(no end within {TEST_TIMEOUT} s)"
         if result.returncode == 0:
@@ -305,7 +412,7 @@ def seed(copy: Copy, fault: Fault, original: bytes) -> str | None:
         copy.build()
         if copy.module() == original:
             raise Failure(f"{fault.name!r} changed nothing in the module")
-        return copy.first_failure()
+        return copy.first_failure(fault.tests)
     finally:
         source.write_text(text)
         os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -314,7 +421,9 @@ def seed(copy: Copy, fault: Fault, original: bytes) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutation", description="Seed faults; the tests must fail.")
-    parser.add_argument("--only", nargs="+", metavar="WORDS", help="only faults whose name has one of these in it")
+    parser.add_argument(
+        "--only", nargs="+", action="extend", metavar="WORDS", help="only faults whose name has one of these in it"
+    )
     only = parser.parse_args().only
     faults = [fault for fault in FAULTS if only is None or any(words in fault.name for words in only)]
     if not faults:
@@ -328,9 +437,9 @@ def main() -> int:
         copy.check_import()
         copy.keep()
         original = copy.module()
-        failure = copy.first_failure()
-        if failure is not None:
-            raise Failure(f"without any fault the tests fail: {failure}")
+        for tests in dict.fromkeys(fault.tests for fault in faults):
+            if (failure := copy.first_failure(tests)) is not None:
+                raise Failure(f"without any fault the tests fail: {failure}")
         print("without a fault, all tests pass", flush=True)
         for fault in faults:
             begin = time.monotonic()

@@ -43,11 +43,11 @@ SCALARS_BY_VALUE = 8
 CAPACITIES = {
     kind: {size: reckon(size) for size in (SMALL, LARGE)}
     for kind, reckon in {
-        "entries of float": lambda size: (size - 40 - SCALARS_BY_VALUE * 36) // 64,  # tensors in an update
-        "entries of double": lambda size: (size - 40 - SCALARS_BY_VALUE * 72) // 64,
-        "uploaded scalars": lambda size: (size - 16) // 112,
-        "sources": lambda size: size // 2 // 104,  # groups in a launch of the scalar kernel
-        "steps": lambda size: (size - size // 2 - 40) // 16,  # params in one
+        "entries of float": lambda size: (size - 40 - SCALARS_BY_VALUE * 56) // 56,  # tensors in an update
+        "entries of double": lambda size: (size - 40 - SCALARS_BY_VALUE * 96) // 56,
+        "uploaded scalars": lambda size: (size - 24) // 160,
+        "sources": lambda size: size // 2 // 120,  # groups in a launch of the scalar kernel
+        "steps": lambda size: (size - size // 2 - 48) // 16,  # params in one
     }.items()
 }
 

@@ -82,7 +82,8 @@ def update_kernels(combination: tuple[str, str, str, str], amsgrad: bool) -> lis
     param, moment, master, rounding = combination
     second = "S\\d?_" if moment == param and param in ("bfloat16", "float16") else MANGLED[moment]
     kept, rounded = ("none", "float32", "remainder").index(master), ("nearest", "stochastic").index(rounding)
-    types = rf"CombinationI{MANGLED[param]}{second}L\w*?6MasterE{kept}EL\w*?8RoundingE{rounded}EE(?:Lb|\w*?Lb){int(amsgrad)}E"
+    modes = rf"L\w*?6MasterE{kept}EL\w*?8RoundingE{rounded}EE"
+    types = rf"CombinationI{MANGLED[param]}{second}{modes}(?:Lb|\w*?Lb){int(amsgrad)}E"
     return [kernel for kernel in kernels() if re.search(types, kernel.name)]
 
 

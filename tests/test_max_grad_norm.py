@@ -827,7 +827,7 @@ def test_a_limit_that_is_no_norm_is_refused_at_once(value: object) -> None:
         (-0.5, ValueError, "Invalid max_grad_norm value: -0.5 in param group 1"),
         (math.nan, ValueError, "Invalid max_grad_norm value: nan in param group 1"),
         ("1.0", TypeError, "param group 1: max_grad_norm must be a number or a 1-element tensor, but is '1.0'"),
-        (torch.ones(2), TypeError, "param group 1: max_grad_norm must be a number or a 1-element tensor"),
+        (torch.ones(2), TypeError, "param group 1: max_grad_norm must be a number or None, but is a tensor"),
     ],
     ids=repr,
 )

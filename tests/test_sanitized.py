@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.test_emulation import CAPACITIES, SCALARS_BY_VALUE
+from tests.test_max_grad_norm import CAPACITIES as NORM_CAPACITIES
 
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++")
 EMULATION = "csrc/cuda/emulation.cpp"  # takes the longest to compile, so it comes first
 SOURCES = [
     EMULATION,
-    *(f"tests/sanitized/{name}.cpp" for name in ("packing", "updates", "advances", "main")),
+    *(f"tests/sanitized/{name}.cpp" for name in ("packing", "updates", "norms", "advances", "main")),
     *(f"csrc/cpu/{name}.cpp" for name in ("kernels_baseline", "launch")),
 ]
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
@@ -46,6 +47,13 @@ KINDS = {
     "alternating groups",
     "no steps",
     "launches looked at",
+    "norms of random tables",
+    "norms of nothing",
+    "norms at every alignment",
+    "norms of many tensors",
+    "norms of scaled gradients",
+    "clipped steps",
+    "pieces of a huge tensor",
 }
 
 
@@ -93,7 +101,8 @@ def test_nothing_is_accessed_outside_tensors_and_all_bits_are_the_cpus(program: 
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     numbers = {words: int(number) for words, _, number in (line.rpartition(" = ") for line in done.stdout.splitlines())}
-    capacities = {f"{kind} {size}": number for kind, by_size in CAPACITIES.items() for size, number in by_size.items()}
+    kinds = {**CAPACITIES, "tensors of a norm": NORM_CAPACITIES}
+    capacities = {f"{kind} {size}": number for kind, by_size in kinds.items() for size, number in by_size.items()}
     capacities["scalars by value"] = SCALARS_BY_VALUE
     assert {words: numbers.pop(words) for words in capacities} == capacities
     assert numbers.keys() == KINDS
@@ -106,6 +115,7 @@ def test_nothing_is_accessed_outside_tensors_and_all_bits_are_the_cpus(program: 
         ("short memory", "AddressSanitizer: heap-buffer-overflow"),
         ("misaligned memory", "misaligned address"),
         ("another bit", "failed: random tables, tensor 0"),
+        ("short memory of a norm", "AddressSanitizer: heap-buffer-overflow"),
     ],
 )
 def test_the_program_notices_tensors_that_are_not_as_they_should_be(program: Path, fault: str, words: str) -> None:
@@ -130,20 +140,32 @@ FAULTS = {
     ),
     "a load takes every address for aligned": (
         "csrc/cuda/body.h",
-        "load_packet(grad, aligned.grad, g);",
-        "load_packet(grad, true, g);",
+        "load_values(grad, aligned.grad, g);",
+        "load_values(grad, true, g);",
         "",
     ),
     "a store takes every address for aligned": (
         "csrc/cuda/body.h",
-        "store_packet(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max);",
-        "store_packet(max_exp_avg_sq, true, v_max);",
+        "store_values<at_random>(max_exp_avg_sq, aligned.max_exp_avg_sq, v_max,",
+        "store_values<at_random>(max_exp_avg_sq, true, v_max,",
         "",
+    ),
+    "a master's store takes every address for aligned": (
+        "csrc/cuda/body.h",
+        "store_packet<lanes>(master, aligned.master,",
+        "store_packet<lanes>(master, true,",
+        "",
+    ),
+    "random words are those of the tensor's first elements": (
+        "csrc/cuda/body.h",
+        "entry.element_number() + index",
+        "static_cast<std::uint64_t>(index)",
+        "failed: random tables",
     ),
     "a launch takes a tensor too many": (
         "csrc/cuda/pack.h",
-        "arguments_.entry_count == arguments_.entry_capacity",
-        "arguments_.entry_count == arguments_.entry_capacity + 1",
+        "arguments_.header.entry_count == arguments_.entry_capacity",
+        "arguments_.header.entry_count == arguments_.entry_capacity + 1",
         "",
     ),
     "a launch takes scalars too many": (
@@ -169,6 +191,36 @@ FAULTS = {
         "if (arguments.scaling.skips()) {",
         "if (false) {",
         "failed: scalings of a step",
+    ),
+    "a norm's launch takes a tensor too many": (
+        "csrc/cuda/pack.h",
+        "arguments.entry_count == arguments.entry_capacity) {",
+        "arguments.entry_count == arguments.entry_capacity + 1) {",
+        "",
+    ),
+    "a norm's packet reaches over the end": (
+        "csrc/cuda/norm_body.h",
+        "if (first + per <= count) {",
+        "if (first < count) {",
+        "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "a norm takes every address for aligned": (
+        "csrc/cuda/norm_body.h",
+        "if (reinterpret_cast<std::uintptr_t>(grad) % vector_bytes == 0) {",
+        "if (true) {",
+        "",
+    ),
+    "a norm is measured though the step is skipped": (
+        "csrc/cuda/arguments.h",
+        "if (arguments.scaling.skips()) return false;",
+        "",
+        "failed: norms of scaled gradients",
+    ),
+    "uploaded scalars are not clipped": (
+        "csrc/cuda/arguments.h",
+        "if (arguments.sum_of_squares != nullptr) clip(scalars, *arguments.sum_of_squares);",
+        "",
+        "failed: clipped steps",
     ),
 }
 

@@ -107,6 +107,7 @@ class GroupReader {
 
   double to_max_grad_norm(const py::object& value) {
     if (value.is_none()) return no_max_grad_norm;
+    if (is_tensor(value.ptr())) throw refusal(index_, "max_grad_norm", "a number or None", value);
     const double norm = to_double(value, keys().max_grad_norm);
     TORCH_CHECK_VALUE(norm >= 0.0, "Invalid max_grad_norm value: ", norm, " in param group ", index_);
     return norm;
@@ -186,8 +187,7 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
     throw py::index_error("a member's group does not exist");
   }
   member.deferred = flags[member.group].capturable || (flags[member.group].fused && member.param.is_cuda());
-  const c10::ScalarType dtype = member.param.scalar_type();
-  if (dtype == c10::kBFloat16 || dtype == c10::kHalf) member.master_kind = flags[member.group].master;
+  member.group_master = flags[member.group].master;
   member.rounding = flags[member.group].rounding;
   member.element_number = element_number(fields[4].cast<std::uint64_t>(), fields[5].cast<std::uint64_t>());
   if (fields[1].is_none()) return member;
@@ -200,8 +200,8 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
   member.exp_avg = item("exp_avg");
   member.exp_avg_sq = item("exp_avg_sq");
   if (state.contains("max_exp_avg_sq")) member.max_exp_avg_sq = item("max_exp_avg_sq");
-  if (member.master_kind != Master::none) {
-    member.master = item(member.master_kind == Master::float32 ? "master_param" : "param_remainder");
+  if (member.group_master != Master::none && needs_master(member.param.scalar_type())) {
+    member.master = item(member.group_master == Master::float32 ? "master_param" : "param_remainder");
   }
   return member;
 }

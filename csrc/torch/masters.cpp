@@ -12,6 +12,9 @@ at::Tensor on_cpu(const at::Tensor& tensor, at::ScalarType dtype, const char* na
   TORCH_CHECK(tensor.defined() && tensor.scalar_type() == dtype && tensor.layout() == c10::kStrided, name,
               " must be a strided tensor of dtype ", dtype_name(dtype), ", but has ",
               describe(*tensor.unsafeGetTensorImpl()));
+  TORCH_CHECK(is_plain(*tensor.unsafeGetTensorImpl()), name, " must be on the CPU or a CUDA device, but has ",
+              describe(*tensor.unsafeGetTensorImpl()));
+  check_within_storage(*tensor.unsafeGetTensorImpl(), name);
   return tensor.detach().to(c10::kCPU).contiguous();
 }
 

@@ -57,7 +57,7 @@ Stepper::Stepper(const std::vector<Member>& members) : tuning{cpu::choose_isa()}
     guard(slot.exp_avg_sq, member.exp_avg_sq);
     guard(slot.max_exp_avg_sq, member.max_exp_avg_sq);
     guard(slot.master, member.master);
-    slot.master_kind = member.master_kind;
+    slot.group_master = member.group_master;
     slot.rounding = member.rounding;
     TORCH_CHECK(member.group >= 0, "the group of ", member.name, " must not be negative, but is ", member.group);
     slot.group = member.group;
@@ -104,7 +104,7 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
   const bool capturing = begin_capture(inputs);
   for (Bucket& bucket : buckets_) begin_on_device(bucket, inputs);
 
-  bool moved = false, begun_on_host = false;
+  bool begun_on_host = false;
   for (std::size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = slots_[i];
     Bucket& bucket = *slot.bucket;
@@ -122,7 +122,7 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
       }
       if (!unchanged(slot)) {
         check(i);
-        moved = true;
+        moved_ = true;
       }
       const GroupOptions& options = inputs.groups[slot.group];
       TORCH_CHECK(!options.amsgrad || slot.max_exp_avg_sq, "amsgrad=True needs state 'max_exp_avg_sq', which ",
@@ -138,7 +138,8 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
     bucket.resized |= entry.numel != numel;
     entry.numel = numel;
   }
-  if (moved) check_overlap();
+  if (moved_) check_overlap();
+  moved_ = false;
   for (Bucket& bucket : buckets_) {
     if (!bucket.resized) continue;
     const Extent extent = lay_out(bucket.entries.data(), static_cast<std::int64_t>(bucket.entries.size()));
@@ -360,12 +361,14 @@ void Stepper::measure() {
     Work work = work_of(bucket);
     work.steps.sum_of_squares = bucket.own_sum_of_squares.mutable_data_ptr<double>();
     bucket.executor->measure(work, tuning);
-    if (bucket.own_sum_of_squares.is_same(bucket.sum_of_squares)) return;  // the only one
     total = total.defined() ? at::add(total, bucket.own_sum_of_squares.to(total.device())) : bucket.own_sum_of_squares;
   }
   for (Bucket& bucket : buckets_) {
-    if (!total.defined()) bucket.sum_of_squares.zero_();
-    if (bucket.active) bucket.sum_of_squares.copy_(total);
+    if (!total.defined()) {
+      bucket.sum_of_squares.zero_();
+    } else if (!bucket.sum_of_squares.is_same(total)) {
+      bucket.sum_of_squares.copy_(total);
+    }
   }
 }
 

@@ -38,7 +38,7 @@ struct Member {
   at::Tensor exp_avg_sq;      // as exp_avg
   at::Tensor max_exp_avg_sq;  // as exp_avg; undefined unless amsgrad
   at::Tensor master;          // float32 or int16, laid out as param; undefined unless the master is kept beside param
-  Master master_kind = Master::none;
+  Master group_master = Master::none;  // what its group asks for
   Rounding rounding = Rounding::nearest;
   std::uint64_t element_number = 0;  // of the first element, for random bits
   std::int32_t group = 0;
@@ -127,7 +127,7 @@ class Stepper {
 
   struct Slot {
     Checked param, step, exp_avg, exp_avg_sq, max_exp_avg_sq, master;
-    Master master_kind = Master::none;
+    Master group_master = Master::none;
     Rounding rounding = Rounding::nearest;
     Layout param_layout;
     Layout layout;           // the state's: the param's where that is dense, else exp_avg's
@@ -140,6 +140,7 @@ class Stepper {
     float* steps_done = nullptr;
 
     TensorEntry& entry() const { return bucket->entries[position]; }
+    Master master_kind() const { return master ? group_master : Master::none; }
 
     template <class Visit>
     void for_each(const Visit& visit) {
@@ -198,10 +199,14 @@ class Stepper {
   std::vector<TensorPtr> pinned_tensors_;
   double unscale_ = 1.0;
   bool clips_ = false;
+  bool moved_ = false;  // tensors have been checked anew, and not yet for overlap
 };
 
 // The group's numbers, also those that lie on a device: waits for it.
 Hyper read_on_host(const GroupOptions& options);
+
+// Whether a param of this dtype has a master beside it, where its group asks for one: a wider one is its own.
+inline bool needs_master(c10::ScalarType dtype) { return dtype == c10::kBFloat16 || dtype == c10::kHalf; }
 
 // Throws torch's ValueErrors unless every hyperparameter is usable. group: for the message, -1 for none.
 void check_hyper(const Hyper& hyper, std::int64_t group);

@@ -55,11 +55,11 @@ void Stepper::check(std::size_t index) {
   if (slot.max_exp_avg_sq) check_state(index, slot.max_exp_avg_sq, "max_exp_avg_sq");
   check_master(index);
   const auto moments = storage_dtype(slot.exp_avg.tensor->dtype().toScalarType());
-  const int combination = moments ? find_combination(*dtype, *moments, slot.master_kind, slot.rounding) : -1;
+  const int combination = moments ? find_combination(*dtype, *moments, slot.master_kind(), slot.rounding) : -1;
   constexpr const char* masters[] = {"", " and a master of dtype torch.float32", " and a master of dtype torch.int16"};
   TORCH_CHECK(combination >= 0, name, " of dtype ", dtype_name(param.dtype().toScalarType()),
               " cannot have state of dtype ", dtype_name(slot.exp_avg.tensor->dtype().toScalarType()),
-              masters[static_cast<int>(slot.master_kind)],
+              masters[static_cast<int>(slot.master_kind())],
               slot.rounding == Rounding::stochastic ? ", rounded stochastically" : "");
 
   slot.for_each([](Checked& checked) { checked.look(); });
@@ -91,8 +91,12 @@ void Stepper::check_state(std::size_t index, const Checked& state, const char* k
 
 void Stepper::check_master(std::size_t index) const {
   const Slot& slot = slots_[index];
-  if (slot.master_kind == Master::none) return;
-  const bool is_whole = slot.master_kind == Master::float32;
+  const c10::ScalarType param_type = slot.param.tensor->dtype().toScalarType();
+  const bool has_master = slot.master_kind() != Master::none;
+  TORCH_CHECK(has_master || slot.group_master == Master::none || !needs_master(param_type), names_[index], " of dtype ",
+              dtype_name(param_type), " needs a master, which it does not have");
+  if (!has_master) return;
+  const bool is_whole = slot.group_master == Master::float32;
   const std::string name =
       std::string("state '") + (is_whole ? "master_param" : "param_remainder") + "' of " + names_[index];
   check_laid_out(index, slot.master, name);

@@ -30,8 +30,15 @@ class Steps {
       before_.push_back(step);
       entries_.push_back({number(step), source_of_entry[i], places[i]});
     }
+    counts_skips_ = below(random, 2) == 0;
     std::memset(static_cast<void*>(unwritten_), 0x5a, sizeof(unwritten_));
     scalars_.assign(entries_.size(), unwritten_[0]);
+  }
+
+  // Steps that are clipped by this sum.
+  void set_sum_of_squares(double sum) {
+    sum_of_squares_ = {sum};
+    clips_ = true;
   }
 
   void set_scaling(const double* grad_scale, const double* found_inf) {
@@ -44,9 +51,16 @@ class Steps {
   void check(const std::string& kind, int argument_bytes) {
     const std::vector<StepEntry> entries(entries_);  // without spare room
     const std::vector<HyperSource> sources(sources_);
-    const StepTable table{entries.data(), static_cast<std::int64_t>(entries.size()), sources.data(), scaling_,
-                          scalars_.data()};
+    std::vector<std::int64_t> skipped(1, 40);
+    const StepTable table{entries.data(),
+                          static_cast<std::int64_t>(entries.size()),
+                          sources.data(),
+                          scaling_,
+                          scalars_.data(),
+                          counts_skips_ ? skipped.data() : nullptr,
+                          clips_ ? sum_of_squares_.data() : nullptr};
     require(cuda::emulate_advance(table, {argument_bytes, 132}) == 0, kind + ": an error");
+    require(skipped[0] == 40 + (counts_skips_ && skips_ && !entries_.empty()), kind + ": the count of skipped steps");
     for (std::size_t i = 0; i < entries_.size(); ++i) {
       const StepEntry& entry = entries_[i];
       const float step = skips_ ? before_[i] : before_[i] + 1.0f;
@@ -69,9 +83,11 @@ class Steps {
              same(x.one_minus_beta1, y.one_minus_beta1) && same(x.beta2, y.beta2) &&
              same(x.one_minus_beta2, y.one_minus_beta2) && same(x.step_size, y.step_size) &&
              same(x.denominator_scale, y.denominator_scale) && same(x.eps, y.eps) &&
-             same(x.lr_weight_decay, y.lr_weight_decay);
+             same(x.lr_weight_decay, y.lr_weight_decay) && same(x.unscale, y.unscale) &&
+             same(x.random.seed, y.random.seed) && same(x.random.step, y.random.step);
     };
-    return same_all(a.in_double, b.in_double) && same_all(a.in_float, b.in_float);
+    return same_all(a.in_double, b.in_double) && same_all(a.in_float, b.in_float) &&
+           same(a.max_grad_norm, b.max_grad_norm);
   }
 
   // A step that is no count counts as none made, and is not made one.
@@ -79,8 +95,10 @@ class Steps {
     const float step = before_[i];
     const bool is_count = step >= 0.0f && step < 9007199254740992.0f;
     const std::int32_t source = entries_[i].source;
-    return compute_scalars(hypers_[source], is_count ? static_cast<std::int64_t>(step) + 1 : 0,
-                           sources_[source].maximize ? -unscale_ : unscale_);
+    Scalars scalars = compute_scalars(hypers_[source], is_count ? static_cast<std::int64_t>(step) + 1 : 0, unscale_,
+                                      sources_[source].maximize);
+    if (clips_) clip(scalars, sum_of_squares_[0]);
+    return scalars;
   }
 
   float* number(double value) {
@@ -94,7 +112,7 @@ class Steps {
     Hyper hyper = any_hyper(random);
     HyperSource source{hyper, nullptr, {}, {}, {}, below(random, 3) == 0};
     if (below(random, 3) == 0) {
-      mirrors_.emplace_back(DType::float64, 5, 8 * below(random, 2));
+      mirrors_.emplace_back(DType::float64, sizeof(Hyper) / sizeof(double), 8 * below(random, 2));
       hyper = any_hyper(random);
       std::memcpy(mirrors_.back().data(), &hyper, sizeof(hyper));
       source.mirror = static_cast<const Hyper*>(mirrors_.back().data());
@@ -125,6 +143,9 @@ class Steps {
   Scalars unwritten_[1];
   Scaling scaling_{};
   double unscale_ = 1.0;
+  std::vector<double> sum_of_squares_;
+  bool clips_ = false;
+  bool counts_skips_ = false;
   bool skips_ = false;
 };
 
@@ -137,11 +158,13 @@ std::vector<int> in_order(int source_count, int entries_per_source) {
 
 void check_any_scaling(Random& random) {
   const std::vector<double> scales = {1.0, 1024.0, 1536.7, 3e-39, 0.0, -2.0, INFINITY, NAN};
+  const std::vector<double> sums = {0.0, 1e-60, 4.0, 1e60, INFINITY, NAN};
   const std::vector<double> flags = {0.0, -0.0, 1.0, 2.0, -1.0, 1e-45, INFINITY, NAN};
   for (std::size_t scale = 0; scale <= scales.size(); ++scale) {
     for (std::size_t flag = 0; flag <= flags.size(); ++flag) {
       Steps steps(random, 4, in_order(4, 3));
       steps.set_scaling(scale < scales.size() ? &scales[scale] : nullptr, flag < flags.size() ? &flags[flag] : nullptr);
+      if (flag % 3 == 0) steps.set_sum_of_squares(one_of(random, sums));
       steps.check("scalings of a step", flag % 2 == 0 ? cuda::small_arguments : cuda::large_arguments);
     }
   }

@@ -29,12 +29,14 @@ void require(bool holds, const What& what) {
 void count(const std::string& kind);
 
 // What is seeded to show that a fault is noticed.
-enum class Fault { none, short_memory, misaligned_memory, another_bit };
+enum class Fault { none, short_memory, misaligned_memory, another_bit, short_norm };
 extern Fault fault;
 
 void check_updates();
 void check_huge_tensor();
 void check_advances();
+void check_norms();
+void check_huge_norm();
 void check_packing();
 void print_capacities();
 
@@ -73,14 +75,23 @@ auto visit_storage(DType dtype, const Visit& visit) {
 
 // Numbers of one dtype in a heap block that ends where they end, so that AddressSanitizer sees an access behind them.
 // They begin `offset` bytes behind a multiple of 16. What lies before them is poisoned but for the last few bytes,
-// which must keep their pattern.
+// which must keep their pattern. holds_words: they are words of the dtype's size instead, of which none is a NaN.
 class Memory {
  public:
-  Memory(DType dtype, std::int64_t numel, std::size_t offset)
-      : dtype_(dtype), numel_(numel), front_(margin + offset), bytes_(numel * size_of(dtype)) {
+  Memory(DType dtype, std::int64_t numel, std::size_t offset, bool holds_words = false)
+      : dtype_(dtype),
+        holds_words_(holds_words),
+        numel_(numel),
+        front_(margin + offset),
+        bytes_(numel * size_of(dtype)) {
     allocate();
   }
-  Memory(const Memory& other) : dtype_(other.dtype_), numel_(other.numel_), front_(other.front_), bytes_(other.bytes_) {
+  Memory(const Memory& other)
+      : dtype_(other.dtype_),
+        holds_words_(other.holds_words_),
+        numel_(other.numel_),
+        front_(other.front_),
+        bytes_(other.bytes_) {
     allocate();
     std::memcpy(data(), other.data(), bytes_);
   }
@@ -101,8 +112,13 @@ class Memory {
     });
   }
 
+  void set_word(std::int64_t index, std::uint64_t word) {
+    std::memcpy(static_cast<char*>(data()) + index * size_of(dtype_), &word, size_of(dtype_));
+  }
+
   // Whether all numbers have the same bits, a NaN being equal to any NaN.
   bool same(const Memory& other) const {
+    if (holds_words_) return std::memcmp(data(), other.data(), bytes_) == 0;
     return visit_storage(dtype_, [&](auto* null) {
       const auto* a = static_cast<decltype(null)>(data());
       const auto* b = static_cast<decltype(null)>(other.data());
@@ -134,15 +150,20 @@ class Memory {
   }
 
   DType dtype_;
+  bool holds_words_;
   std::int64_t numel_;
   std::size_t front_, bytes_;
   unsigned char* block_;
 };
 
 inline Hyper any_hyper(Random& random) {
-  return {one_of(random, std::vector{0.0, 1e-3, 0.1}), one_of(random, std::vector{0.0, 0.3, 0.499, 0.5, 0.9}),
-          one_of(random, std::vector{0.0, 0.5, 0.99, 0.9999}), one_of(random, std::vector{0.0, 1e-8, 1e-3}),
-          one_of(random, std::vector{0.0, 0.01, 0.7})};
+  return {one_of(random, std::vector{0.0, 1e-3, 0.1}),
+          one_of(random, std::vector{0.0, 0.3, 0.499, 0.5, 0.9}),
+          one_of(random, std::vector{0.0, 0.5, 0.99, 0.9999}),
+          one_of(random, std::vector{0.0, 1e-8, 1e-3}),
+          one_of(random, std::vector{0.0, 0.01, 0.7}),
+          one_of(random, std::vector{no_max_grad_norm, 0.0, 0.3, 1e9}),
+          random()};
 }
 
 }  // namespace adamw_ext::sanitized

@@ -40,11 +40,14 @@ int main(int argument_count, char** arguments) {
   using namespace adamw_ext::sanitized;
   const std::map<std::string, Fault> faults = {{"short memory", Fault::short_memory},
                                                {"misaligned memory", Fault::misaligned_memory},
-                                               {"another bit", Fault::another_bit}};
+                                               {"another bit", Fault::another_bit},
+                                               {"short memory of a norm", Fault::short_norm}};
   if (argument_count > 1) fault = faults.at(arguments[1]);
   check_updates();
   check_huge_tensor();
   check_advances();
+  check_norms();
+  check_huge_norm();
   check_packing();
   print_capacities();
   for (const auto& [kind, cases] : counts) std::printf("%s = %lld\n", kind.c_str(), static_cast<long long>(cases));

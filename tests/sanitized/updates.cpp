@@ -1,17 +1,29 @@
 // The update kernel against the CPU kernel.
-#include <sys/mman.h>
-
 #include "cpu/launch.h"
 #include "cuda/arguments.h"
 #include "cuda/emulation.h"
 #include "cuda/pack.h"
+#include "sparse.h"
 #include "tensors.h"
 
 namespace adamw_ext::sanitized {
 namespace {
 
-constexpr int float64 = 0;  // combinations
-constexpr int float32 = 1;
+// Combinations: of the two types of arithmetic, and one whose entries are the longest.
+using Float64 = Combination<double, double, Master::none, Rounding::nearest>;
+using Float32 = Combination<float, float, Master::none, Rounding::nearest>;
+using Longest = Combination<bfloat16, bfloat16, Master::remainder, Rounding::stochastic>;
+
+template <class C>
+int index_of() {
+  const DType param = sizeof(typename C::Param) == 8   ? DType::float64
+                      : sizeof(typename C::Param) == 4 ? DType::float32
+                                                       : DType::bfloat16;
+  return find_combination(param, param, C::master, C::is_stochastic ? Rounding::stochastic : Rounding::nearest);
+}
+
+const int float64 = index_of<Float64>();
+const int float32 = index_of<Float32>();
 
 // How a table is updated.
 struct Way {
@@ -28,8 +40,9 @@ void update_on_cpu(std::vector<TensorEntry> entries, const std::vector<Scalars>&
     if (entry.scalars < 0) entry.numel = 0;
   }
   const auto entry_count = static_cast<std::int64_t>(entries.size());
-  const std::int64_t unit_count = lay_out_units(entries.data(), entry_count);
-  cpu::launch({entries.data(), entry_count, scalars.data(), static_cast<std::int64_t>(scalars.size()), unit_count},
+  const Extent extent = lay_out(entries.data(), entry_count);
+  cpu::launch({entries.data(), entry_count, scalars.data(), static_cast<std::int64_t>(scalars.size()), extent.units,
+               extent.pieces},
               {cpu::Isa::baseline, 1, 0, way.unscale});
 }
 
@@ -38,8 +51,9 @@ void update_emulated(std::vector<TensorEntry> entries, const std::vector<Scalars
     if (fault == Fault::short_memory) ++entry.numel;
     if (fault == Fault::misaligned_memory) entry.grad = static_cast<char*>(entry.grad) + 1;
   }
-  Table table{entries.data(), static_cast<std::int64_t>(entries.size()), scalars.data(),
-              static_cast<std::int64_t>(scalars.size()), /*unit_count=*/-1};
+  Table table{entries.data(),    static_cast<std::int64_t>(entries.size()),
+              scalars.data(),    static_cast<std::int64_t>(scalars.size()),
+              /*unit_count=*/-1, /*piece_count=*/-1};
   const cuda::Limits limits{way.argument_bytes, 132, way.units_per_chunk};
   cuda::UpdateInputs inputs{nullptr, way.found_inf, way.unscale != 1.0};
   std::vector<Scalars> device_scalars;
@@ -67,7 +81,7 @@ void compare(const std::string& kind, const std::vector<Shape>& shapes, const st
 std::vector<Scalars> any_scalars(std::size_t number, double unscale, Random& random) {
   std::vector<Scalars> scalars(number);
   for (Scalars& each : scalars) {
-    each = compute_scalars(any_hyper(random), 1 + below(random, 5), below(random, 4) == 0 ? -unscale : unscale);
+    each = compute_scalars(any_hyper(random), 1 + below(random, 5), unscale, /*maximize=*/below(random, 4) == 0);
   }
   return scalars;
 }
@@ -83,6 +97,12 @@ void compare_any_way(const std::string& kind, const std::vector<Shape>& shapes, 
   compare(kind, shapes, any_scalars(1, way.unscale, random), way, random);
 }
 
+// Even and odd, and such that a tensor has blocks on either side of 2**32.
+std::uint64_t any_element_number(Random& random) {
+  const std::uint64_t around = one_of(random, std::vector<std::uint64_t>{1000, std::uint64_t(1) << 33});
+  return element_number(below(random, 1000), around - below(random, 100));
+}
+
 Shape any_shape(Random& random, std::int32_t scalars_count) {
   const std::int64_t around_units = 64 * (1 + below(random, 9)) + below(random, 7) - 3;
   const std::int64_t numel =
@@ -91,6 +111,7 @@ Shape any_shape(Random& random, std::int32_t scalars_count) {
   shape.scalars = below(random, 10) == 0 ? -1 : static_cast<std::int32_t>(below(random, scalars_count));
   shape.other_grad = static_cast<int>(below(random, 3));
   for (int& offset : shape.offsets) offset = below(random, 3) == 0 ? 0 : static_cast<int>(below(random, 16));
+  shape.element_number = any_element_number(random);
   return shape;
 }
 
@@ -117,17 +138,24 @@ void check_found_inf(Random& random) {
   }
 }
 
+// Between lengths: torch's combinations have all, the others, which share their loops, every third.
+int step_of(int combination) {
+  const Kind& kind = kinds[combination];
+  return kind.master == Master::none && kind.rounding == Rounding::nearest ? 1 : 3;
+}
+
 // Every length up to three packets, with each pointer misaligned alone, all others, and all together, by every number
 // of elements; for float32, each pointer independently of the others.
 void check_alignments(Random& random) {
   for (int combination = 0; combination < combination_count; ++combination) {
-    const int lanes = static_cast<int>(16 / std::min(size_of(dtypes[combination][0]), size_of(dtypes[combination][1])));
-    for (int length = 1; length < 3 * lanes; ++length) {
+    const int lanes = 16 / std::min(size_of(kinds[combination].param), size_of(kinds[combination].moments));
+    for (int length = 1; length < 3 * lanes; length += step_of(combination)) {
       std::vector<Shape> shapes;
       for (int offset = 0; offset < lanes; ++offset) {
-        const Shape together{combination, true, length, 0, {offset, offset, offset, offset, offset}};
+        const Shape together{combination, true, length, 0, all_at(offset), 0, any_element_number(random)};
         shapes.push_back(together);
         for (int pointer = 0; pointer < pointer_count; ++pointer) {
+          if (!together.has(pointer)) continue;
           Shape alone{combination, pointer == 4, length};
           alone.offsets[pointer] = offset;
           shapes.push_back(alone);
@@ -143,7 +171,7 @@ void check_alignments(Random& random) {
     std::vector<Shape> shapes;
     for (int i = 0; i < (amsgrad ? 1024 : 256); ++i) {
       const int length = 1 + (i * 7 + i / 16) % 17;
-      shapes.push_back({float32, amsgrad, length, 0, {i % 4, i / 4 % 4, i / 16 % 4, i / 64 % 4, i / 256}});
+      shapes.push_back({float32, amsgrad, length, 0, {i % 4, i / 4 % 4, i / 16 % 4, i / 64 % 4, i / 256, 0}});
     }
     compare_any_way("combinations of alignments", shapes, random);
   }
@@ -153,8 +181,8 @@ void check_tails(Random& random) {
   for (int combination = 0; combination < combination_count; ++combination) {
     for (const int offset : {0, 1}) {
       std::vector<Shape> shapes;
-      for (int length = 0; length < 200; ++length) {
-        shapes.push_back({combination, length % 2 == 0, length, 0, {offset, offset, offset, offset, offset}});
+      for (int length = 0; length < 200; length += step_of(combination)) {
+        shapes.push_back({combination, length % 2 == 0, length, 0, all_at(offset), 0, any_element_number(random)});
       }
       compare_any_way("tails of every length", shapes, random);
     }
@@ -162,18 +190,18 @@ void check_tails(Random& random) {
 }
 
 // On either side of every limit of a launch, and with an empty tensor in the slots there.
-template <class T, int bytes>
+template <class C, bool amsgrad, int bytes>
 void check_boundaries(Random& random) {
-  constexpr int entries = cuda::UpdateArguments<T, bytes>::entry_capacity;
-  constexpr int combination = std::is_same_v<T, double> ? float64 : float32;
+  constexpr int entries = cuda::UpdateArguments<C, amsgrad, bytes>::entry_capacity;
+  const int combination = index_of<C>();
   Way way = any_way(random);
   way.argument_bytes = bytes;
   for (const int tensors : {entries - 1, entries, entries + 1, 2 * entries + 1}) {
-    const std::vector<Shape> shapes(tensors, {combination, false, 1});
+    const std::vector<Shape> shapes(tensors, {combination, amsgrad, 1});
     compare("numbers of tensors", shapes, any_scalars(1, way.unscale, random), way, random);
   }
   for (const int slot : {0, entries - 1}) {
-    std::vector<Shape> shapes(entries + 2, {combination, false, 1});
+    std::vector<Shape> shapes(entries + 2, {combination, amsgrad, 1});
     shapes[slot].numel = shapes[entries + 1 - slot].numel = 0;
     compare("slots of empty tensors", shapes, any_scalars(1, way.unscale, random), way, random);
   }
@@ -201,66 +229,31 @@ void check_scalars(Random& random) {
   }
 }
 
-// A tensor of bfloat16 in memory that is there only where it is touched.
-class Sparse {
- public:
-  explicit Sparse(std::int64_t numel) : bytes_(numel * sizeof(bfloat16)) {
-    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    require(memory_ != MAP_FAILED, "address space for a huge tensor");
-  }
-  Sparse(const Sparse&) = delete;
-  Sparse& operator=(const Sparse&) = delete;
-  ~Sparse() { munmap(memory_, bytes_); }
-
-  bfloat16* data() const { return static_cast<bfloat16*>(memory_); }
-
- private:
-  std::size_t bytes_;
-  void* memory_;
-};
-
-}  // namespace
-
-void check_updates() {
-  Random random(0);
-  check_random_tables(random);
-  check_found_inf(random);
-  check_alignments(random);
-  check_tails(random);
-  check_boundaries<float, cuda::small_arguments>(random);
-  check_boundaries<double, cuda::small_arguments>(random);
-  check_boundaries<float, cuda::large_arguments>(random);
-  check_no_tensors(random);
-  check_scalars<cuda::small_arguments>(random);
-  check_scalars<cuda::large_arguments>(random);
-}
-
 // The chunks around element 2**31 and the last one of a tensor of 2**32 + 1 elements: 64-bit counts throughout. Each is
 // what the CPU kernel makes of the same elements as a tensor of their own.
-void check_huge_tensor() {
-  Random random(1);
+template <class C>
+void check_huge(Random& random) {
   constexpr std::int64_t numel = (std::int64_t(1) << 32) + 1;
   constexpr std::int64_t units_per_chunk = 64;
   constexpr std::int64_t chunk_numel = units_per_chunk * elements_per_unit;
   const Sparse memory[4] = {Sparse(numel), Sparse(numel), Sparse(numel), Sparse(numel)};
   const std::vector<Scalars> scalars = any_scalars(1, 1.0, random);
+  const auto entry_of = [](bfloat16* const(&pointers)[4], std::int64_t count, std::uint64_t element_number) {
+    return TensorEntry{pointers[0],       pointers[1],    pointers[2], pointers[3],
+                       nullptr,           nullptr,        count,       /*first_unit=*/0,
+                       /*first_piece=*/0, element_number, 0,           static_cast<std::uint8_t>(index_of<C>()),
+                       DType::bfloat16,   false};
+  };
+  constexpr std::uint64_t first = element_number(3, 7);
+  const TensorEntry whole =
+      entry_of({memory[0].data(), memory[1].data(), memory[2].data(), memory[3].data()}, numel, first);
 
-  cuda::UpdateArguments<float, cuda::small_arguments> arguments{};
-  arguments.entries[0] = {memory[0].data(),
-                          memory[1].data(),
-                          memory[2].data(),
-                          memory[3].data(),
-                          nullptr,
-                          numel,
-                          0,
-                          0,
-                          static_cast<std::uint8_t>(find_combination(DType::bfloat16, DType::bfloat16)),
-                          DType::bfloat16,
-                          false};
-  arguments.entry_count = 1;
-  arguments.unit_count = lay_out_units(arguments.entries, 1);
-  arguments.units_per_chunk = units_per_chunk;
-  arguments.scalars[0] = scalars[0].in_float;
+  cuda::UpdateArguments<C, false, cuda::small_arguments> arguments{};
+  arguments.entries[0] = cuda::UpdateEntry<C, false>::of(whole, 0);
+  arguments.header.entry_count = 1;
+  arguments.header.unit_count = units_of(numel);
+  arguments.header.units_per_chunk = units_per_chunk;
+  arguments.header.scalars[0] = scalars[0].in_float;
 
   for (const std::int64_t begin : {std::int64_t(0), (std::int64_t(1) << 31) - chunk_numel, std::int64_t(1) << 31,
                                    (std::int64_t(1) << 32) - chunk_numel, std::int64_t(1) << 32}) {
@@ -273,20 +266,11 @@ void check_huge_tensor() {
         memory[pointer].data()[begin + i] = expected[pointer][i];
       }
     }
-    const TensorEntry alone{expected[0].data(),
-                            expected[1].data(),
-                            expected[2].data(),
-                            expected[3].data(),
-                            nullptr,
-                            end - begin,
-                            0,
-                            0,
-                            arguments.entries[0].combination,
-                            DType::bfloat16,
-                            false};
+    const TensorEntry alone = entry_of({expected[0].data(), expected[1].data(), expected[2].data(), expected[3].data()},
+                                       end - begin, first + static_cast<std::uint64_t>(begin));
     update_on_cpu({alone}, scalars, {});
     for (int thread = 0; thread < cuda::threads_per_block; ++thread) {
-      cuda::update_chunk<bfloat16, bfloat16, false>(arguments, begin / chunk_numel, thread, cuda::threads_per_block);
+      cuda::update_chunk(arguments.header, arguments.entries, begin / chunk_numel, thread, cuda::threads_per_block);
     }
     for (int pointer = 0; pointer < 4; ++pointer) {
       for (std::int64_t i = 0; i < end - begin; ++i) {
@@ -296,6 +280,31 @@ void check_huge_tensor() {
     }
     count("chunks of a huge tensor");
   }
+}
+
+}  // namespace
+
+void check_updates() {
+  Random random(0);
+  check_random_tables(random);
+  check_found_inf(random);
+  check_alignments(random);
+  check_tails(random);
+  check_boundaries<Float32, false, cuda::small_arguments>(random);
+  check_boundaries<Float32, true, cuda::small_arguments>(random);
+  check_boundaries<Float64, false, cuda::small_arguments>(random);
+  check_boundaries<Longest, true, cuda::small_arguments>(random);
+  check_boundaries<Float32, false, cuda::large_arguments>(random);
+  check_boundaries<Longest, true, cuda::large_arguments>(random);
+  check_no_tensors(random);
+  check_scalars<cuda::small_arguments>(random);
+  check_scalars<cuda::large_arguments>(random);
+}
+
+void check_huge_tensor() {
+  Random random(1);
+  check_huge<Combination<bfloat16, bfloat16, Master::none, Rounding::nearest>>(random);
+  check_huge<Combination<bfloat16, bfloat16, Master::none, Rounding::stochastic>>(random);
 }
 
 }  // namespace adamw_ext::sanitized
