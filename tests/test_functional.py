@@ -434,12 +434,43 @@ def test_an_unusable_hyperparameter_is_refused_with_torchs_words(call, name, val
     assert_unchanged(lists, before)
 
 
-def test_the_operators_schema_declares_what_it_writes():
-    """The dispatcher's own check: no argument is mutated that the schema does not mark, and none aliases another."""
+@pytest.mark.parametrize("overload", ["default", "tensor_lr"])
+def test_the_operators_pass_opcheck(overload):
+    """The dispatcher's own checks: schema, autograd registration, fake tensors, ahead-of-time compilation."""
+    hyper = HYPER if overload == "default" else {**HYPER, "lr": torch.tensor(0.1)}
     arguments = [*make_lists().values(), torch.tensor(8.0), torch.tensor(0.0)]
-    torch.library.opcheck(
-        torch.ops.adamw_ext.adamw_.default,
-        arguments,
-        {**HYPER, "amsgrad": True, "maximize": False},
-        test_utils=["test_schema"],
-    )
+    operator = getattr(torch.ops.adamw_ext.adamw_, overload)
+    torch.library.opcheck(operator, arguments, {**hyper, "amsgrad": True, "maximize": False})
+
+
+@pytest.mark.parametrize("name", ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"])
+def test_recording_a_step_is_refused(name):
+    lists = make_lists()
+    lists[name][2].requires_grad_()
+    before = {key: [tensor.detach().clone() for tensor in tensors] for key, tensors in lists.items()}
+    message = rf"adamw_ext::adamw_ writes to {name}\[2\], which requires grad: call it under torch.no_grad"
+    with pytest.raises(RuntimeError, match=message):
+        call_operator(**lists, **HYPER, amsgrad=True, maximize=False)
+    assert_unchanged(lists, before)
+    with torch.no_grad():
+        call_operator(**lists, **HYPER, amsgrad=True, maximize=False)
+    assert not torch.equal(lists["params"][2], before["params"][2])
+
+
+def test_gradients_may_require_grad():
+    lists = make_lists()
+    before = copy_of(lists)
+    lists["grads"] = [grad.requires_grad_() for grad in lists["grads"]]
+    call_operator(**lists, **HYPER, amsgrad=False, maximize=False)
+    assert not torch.equal(lists["params"][0], before["params"][0])
+
+
+def test_fake_tensors_take_a_step_without_memory():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        lists = make_lists()
+        call_operator(**lists, **HYPER, amsgrad=True, maximize=False)
+        lists["grads"][1] = torch.zeros(7)
+        with pytest.raises(RuntimeError, match=r"grads\[1\] must have the sizes \[3, 4\]"):
+            call_operator(**lists, **HYPER, amsgrad=True, maximize=False)

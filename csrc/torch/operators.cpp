@@ -1,5 +1,8 @@
-// The registered operators: the functional form, for torch.ops and everything that calls through the dispatcher.
+// The registered operators: the functional form, for torch.ops, TorchScript and everything that calls through the
+// dispatcher.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <torch/library.h>
 
 #include "stepper.h"
@@ -22,24 +25,29 @@ void set_lr(GroupOptions& group, const at::Tensor& lr) {
   }
 }
 
+void check_lists(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                 at::TensorList max_exp_avg_sqs, at::TensorList state_steps, bool amsgrad) {
+  const auto check = [&](at::TensorList list, const char* name) {
+    TORCH_CHECK(list.size() == params.size(), name, " must have one tensor for each of the ", params.size(),
+                " params, but has ", list.size());
+    for (std::size_t i = 0; i < list.size(); ++i) TORCH_CHECK(list[i].defined(), name, "[", i, "] is undefined");
+  };
+  check(params, "params");
+  check(grads, "grads");
+  check(exp_avgs, "exp_avgs");
+  check(exp_avg_sqs, "exp_avg_sqs");
+  check(state_steps, "state_steps");
+  if (amsgrad) check(max_exp_avg_sqs, "max_exp_avg_sqs");
+}
+
 // Lr: double or const at::Tensor&.
 template <class Lr>
 void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
            at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const std::optional<at::Tensor>& grad_scale,
            const std::optional<at::Tensor>& found_inf, Lr lr, double beta1, double beta2, double weight_decay,
            double eps, bool amsgrad, bool maximize) {
+  check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
   const std::size_t count = params.size();
-  const auto check_length = [&](at::TensorList list, const char* name) {
-    TORCH_CHECK(list.size() == count, name, " must have one tensor for each of the ", count, " params, but has ",
-                list.size());
-    for (std::size_t i = 0; i < count; ++i) TORCH_CHECK(list[i].defined(), name, "[", i, "] is undefined");
-  };
-  check_length(params, "params");
-  check_length(grads, "grads");
-  check_length(exp_avgs, "exp_avgs");
-  check_length(exp_avg_sqs, "exp_avg_sqs");
-  check_length(state_steps, "state_steps");
-  if (amsgrad) check_length(max_exp_avg_sqs, "max_exp_avg_sqs");
   if (count == 0) return;
 
   std::vector<GroupOptions> groups(1);
@@ -69,10 +77,49 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   stepper.finish();
 }
 
+// What tensors without memory show of a call: whether its lists fit.
+template <class Lr>
+void adamw_meta(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+                at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const std::optional<at::Tensor>&,
+                const std::optional<at::Tensor>&, Lr, double, double, double, double, bool amsgrad, bool) {
+  check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
+  const auto check = [&](at::TensorList list, const char* name) {
+    for (std::size_t i = 0; i < params.size(); ++i) {
+      TORCH_CHECK(list[i].is_meta(), name, "[", i, "] must be on meta as other tensors here, but is on ",
+                  list[i].device());
+      TORCH_CHECK(list[i].sym_sizes() == params[i].sym_sizes(), name, "[", i, "] must have the sizes ",
+                  params[i].sym_sizes(), " of params[", i, "], but has ", list[i].sym_sizes());
+    }
+  };
+  check(params, "params");
+  check(grads, "grads");
+  check(exp_avgs, "exp_avgs");
+  check(exp_avg_sqs, "exp_avg_sqs");
+  if (amsgrad) check(max_exp_avg_sqs, "max_exp_avg_sqs");
+}
+
+// Nothing here is differentiable: autograd must not come to rely on values that are overwritten.
+void refuse_recording(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+  for (std::size_t i = 0; at::GradMode::is_enabled() && i < arguments.size(); ++i) {
+    const c10::Argument& argument = op.schema().arguments()[i];
+    if (argument.alias_info() == nullptr || !arguments[i].isTensorList()) continue;
+    const auto list = arguments[i].toTensorVector();
+    for (std::size_t place = 0; place < list.size() && argument.name() != "grads"; ++place) {
+      TORCH_CHECK(!list[place].defined() || !list[place].requires_grad(), op.schema().name(), " writes to ",
+                  argument.name(), "[", place, "], which requires grad: call it under torch.no_grad()");
+    }
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
+}
+
+// The lists may alias anything (*): a list of a set of its own (a!) would let TorchScript take a list that is made
+// inside the scripted function, and that nothing else reads, for unused, and delete the call.
 std::string schema(const std::string& overload, const std::string& lr) {
   return "adamw_" + overload +
-         "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs, "
-         "Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, Tensor? grad_scale=None, Tensor? found_inf=None, "
+         "(Tensor(*!)[] params, Tensor(*!)[] grads, Tensor(*!)[] exp_avgs, Tensor(*!)[] exp_avg_sqs, "
+         "Tensor(*!)[] max_exp_avg_sqs, Tensor(*!)[] state_steps, Tensor? grad_scale=None, Tensor? found_inf=None, "
          "*, " +
          lr + " lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize) -> ()";
 }
@@ -95,6 +142,15 @@ TORCH_LIBRARY(adamw_ext, library) {
 TORCH_LIBRARY_IMPL(adamw_ext, CompositeExplicitAutograd, library) {
   library.impl(overloads[0], &adamw<double>);
   library.impl(overloads[1], &adamw<const at::Tensor&>);
+}
+
+TORCH_LIBRARY_IMPL(adamw_ext, Meta, library) {
+  library.impl(overloads[0], &adamw_meta<double>);
+  library.impl(overloads[1], &adamw_meta<const at::Tensor&>);
+}
+
+TORCH_LIBRARY_IMPL(adamw_ext, Autograd, library) {
+  for (const char* name : overloads) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_recording>());
 }
 
 TORCH_LIBRARY_IMPL(adamw_ext, Conjugate, library) { fall_through(library); }
