@@ -1,4 +1,4 @@
-"""Builds adamw_ext._C against the installed torch.
+"""Builds adamw_ext against the installed torch: the library, which any libtorch program can load, and the Python module.
 
 ADAMW_EXT_CUDA=auto|0|1 decides whether CUDA kernels are compiled; auto compiles them where torch was built with CUDA
 and nvcc is found. MAX_JOBS limits the number of compilers that run at once.
@@ -118,19 +118,43 @@ def cuda_architectures() -> str:
     return " ".join(flag.rpartition("code=")[2] for flag in flags)
 
 
+class BuildExtension(cpp_extension.BuildExtension):
+    """Gives the library a name that linkers find, and links the module to it."""
+
+    def get_ext_filename(self, name: str) -> str:
+        *folders, last = name.split(".")
+        return os.path.join(*folders, f"{last}.so") if last == LIBRARY else super().get_ext_filename(name)
+
+    def build_extensions(self) -> None:
+        library, module = self.extensions
+        library.libraries.remove("torch_python")
+        module.libraries.insert(0, "adamw_ext")
+        module.library_dirs.insert(0, os.path.dirname(self.get_ext_fullpath(library.name)))
+        super().build_extensions()
+
+
+LIBRARY = "libadamw_ext"
 CUDA = builds_cuda()
 extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
-sources = glob.glob("csrc/*/*.cpp") + (glob.glob("csrc/cuda/*.cu") if CUDA else [])
+sources = set(glob.glob("csrc/*/*.cpp") + (glob.glob("csrc/cuda/*.cu") if CUDA else []))
+module_sources = set(glob.glob("csrc/python/*.cpp"))
+common = {
+    "include_dirs": [os.path.abspath("adamw_ext/include")],
+    "extra_compile_args": {"cxx": host_flags(), "nvcc": cuda_flags()},
+}
+own_folder = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 
 setup(
     ext_modules=[
-        extension(
+        extension(f"adamw_ext.{LIBRARY}", sources=sorted(sources - module_sources), **common),
+        cpp_extension.CppExtension(
             "adamw_ext._C",
-            sources=sorted(sources),
-            extra_compile_args={"cxx": host_flags(), "nvcc": cuda_flags()},
-        )
+            sources=sorted(module_sources),
+            extra_link_args=[f"-Wl,-rpath,{own_folder}"],
+            **common,
+        ),
     ],
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": BuildExtension},
     # A build is bound to its torch's C++ interface, so this is the only torch it may be installed with.
     install_requires=[f"torch=={torch.__version__.split('+')[0]}"],
 )

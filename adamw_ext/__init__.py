@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from adamw_ext import checkpoint, functional
-from adamw_ext.info import __version__, build_info
+from adamw_ext.info import __version__, build_info, include_path, library_path
 from adamw_ext.optimizer import AdamW
 
-__all__ = ["AdamW", "__version__", "build_info", "checkpoint", "functional"]
+__all__ = ["AdamW", "__version__", "build_info", "checkpoint", "functional", "include_path", "library_path"]

@@ -2,6 +2,7 @@
 
 import platform
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from adamw_ext import _C
 
 __version__ = metadata.version("adamw_ext")
+
+_FOLDER = Path(__file__).parent
 
 
 def build_info() -> dict[str, Any]:
@@ -32,3 +35,17 @@ def build_info() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()} {''.join(platform.libc_ver())}",
     }
+
+
+def library_path() -> str:
+    """The shared library with the kernels, the operators and the C++ and TorchScript class ``adamw_ext::AdamW``.
+
+    It needs libtorch and no Python. A C++ program links it, or loads it with ``dlopen``, before it loads a TorchScript
+    module that holds the optimizer.
+    """
+    return str(_FOLDER / "libadamw_ext.so")
+
+
+def include_path() -> str:
+    """The folder for a C++ compiler's include path: programs include ``adamw_ext/adamw.h``."""
+    return str(_FOLDER / "include")

@@ -370,7 +370,7 @@ class Copy:
 
     def module(self) -> bytes:
         (module,) = self.tree.glob("adamw_ext/_C*.so")
-        return module.read_bytes()
+        return module.read_bytes() + (self.tree / "adamw_ext" / "libadamw_ext.so").read_bytes()
 
     def keep(self) -> None:
         """Remember what was built, for put_back."""

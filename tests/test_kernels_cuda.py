@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from adamw_ext import _C
+from adamw_ext import _C, library_path
 
 ELEMENT_SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 MANGLED = {"float64": "d", "float32": "f", "bfloat16": "N?S?_?8bfloat16E?", "float16": "N?S?_?7float16E?"}
@@ -54,7 +54,7 @@ def cuobjdump(*options: str) -> str:
     assert CUOBJDUMP is not None
     assert NVDISASM is not None
     environment = {"PATH": f"{Path(CUOBJDUMP).parent}:{Path(NVDISASM).parent}:/usr/bin:/bin"}
-    command = [CUOBJDUMP, *options, _C.__file__]
+    command = [CUOBJDUMP, *options, library_path()]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from adamw_ext import _C
+from adamw_ext import _C, library_path
 
 pytestmark = [
     pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the levels under test are x86-64's"),
@@ -69,7 +69,7 @@ class Function:
 
 @functools.cache
 def functions() -> list[Function]:
-    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", _C.__file__]
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", library_path()]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     prefixes = r"(?:(?:rep|repz|repnz|lock|notrack|bnd|data16|cs) )*"
     instruction = re.compile(rf"\s*([0-9a-f]+):\s+({prefixes}\S+)\s*([^#]*)")

@@ -63,7 +63,9 @@ def run(command: Sequence[object]) -> subprocess.CompletedProcess[str]:
 
 
 def compile_source(source: str, target: Path, root: Path = ROOT) -> Path:
-    done = run([COMPILER, *FLAGS, "-I", root / "csrc", "-c", root / source, "-o", target])
+    done = run(
+        [COMPILER, *FLAGS, "-I", root / "csrc", "-I", ROOT / "adamw_ext/include", "-c", root / source, "-o", target]
+    )
     assert done.returncode == 0, done.stderr
     return target
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <adamw_ext/export.h>
 
 #include <cstdint>
 #include <memory>
@@ -56,11 +57,11 @@ class Executor {
 std::unique_ptr<Executor> make_executor(c10::Device device);
 
 // Whether make_executor knows devices of this type.
-bool has_kernels(c10::DeviceType type);
+ADAMW_EXT_API bool has_kernels(c10::DeviceType type);
 
 // Zeros for numbers that captured graphs read or write. On a CUDA device the memory is no graph's own, also while one
 // is captured: what a graph's memory holds is overwritten by every replay.
-at::Tensor make_persistent(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device);
+ADAMW_EXT_API at::Tensor make_persistent(at::IntArrayRef sizes, at::ScalarType dtype, c10::Device device);
 
 // Writes one group's hyperparameters there. `now`: aside from all streams and finished on return, also while a graph is
 // captured; else on the current stream.

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <adamw_ext/export.h>
 
 #include <cstdint>
 #include <optional>
@@ -87,10 +88,10 @@ inline bool run_within_storage(const c10::TensorImpl& tensor) {
 void check_within_storage(const c10::TensorImpl& tensor, const std::string& name);
 
 // Whether the tensor is one element that can be read.
-bool holds_number(const at::Tensor& tensor);
+ADAMW_EXT_API bool holds_number(const at::Tensor& tensor);
 
 // "shape [2, 3], torch.float32, on cpu", for messages.
-std::string describe(const c10::TensorImpl& tensor);
+ADAMW_EXT_API std::string describe(const c10::TensorImpl& tensor);
 std::string dtype_name(c10::ScalarType dtype);
 
 }  // namespace adamw_ext

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <adamw_ext/export.h>
 
 #include <cstdint>
 #include <map>
@@ -13,7 +14,7 @@
 
 namespace adamw_ext {
 
-class HyperMirror {
+class ADAMW_EXT_API HyperMirror {
  public:
   // The address of a cell that holds these numbers now: for a step that is being captured.
   const Hyper* hold(c10::Device device, std::int32_t group, const Hyper& hyper);

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <adamw_ext/export.h>
 
 #include <cstdint>
 #include <deque>
@@ -66,7 +67,7 @@ struct StepInputs {
   DeviceNumbers* norms;          // null: nothing is clipped
 };
 
-class Stepper {
+class ADAMW_EXT_API Stepper {
  public:
   explicit Stepper(const std::vector<Member>& members);
 
@@ -203,12 +204,12 @@ class Stepper {
 };
 
 // The group's numbers, also those that lie on a device: waits for it.
-Hyper read_on_host(const GroupOptions& options);
+ADAMW_EXT_API Hyper read_on_host(const GroupOptions& options);
 
 // Whether a param of this dtype has a master beside it, where its group asks for one: a wider one is its own.
 inline bool needs_master(c10::ScalarType dtype) { return dtype == c10::kBFloat16 || dtype == c10::kHalf; }
 
 // Throws torch's ValueErrors unless every hyperparameter is usable. group: for the message, -1 for none.
-void check_hyper(const Hyper& hyper, std::int64_t group);
+ADAMW_EXT_API void check_hyper(const Hyper& hyper, std::int64_t group);
 
 }  // namespace adamw_ext

@@ -1,0 +1,292 @@
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/tensor.h>
+#include <adamw_ext/adamw.h>
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <set>
+
+#include "masters.h"
+#include "param_state.h"
+#include "stepper.h"
+
+namespace adamw_ext {
+namespace {
+
+Hyper hyper_of(const AdamWOptions& options) {
+  return {options.lr,
+          options.beta1,
+          options.beta2,
+          options.eps,
+          options.weight_decay,
+          options.max_grad_norm.value_or(no_max_grad_norm),
+          static_cast<std::uint64_t>(options.seed)};
+}
+
+void check_options(const AdamWOptions& options, std::int64_t group) {
+  check_hyper(hyper_of(options), group);
+  master_of(options);
+  const std::string where = group < 0 ? "" : " in param group " + std::to_string(group);
+  TORCH_CHECK_VALUE(!options.max_grad_norm || *options.max_grad_norm >= 0.0,
+                    "Invalid max_grad_norm value: ", options.max_grad_norm.value_or(0.0), where);
+  TORCH_CHECK_VALUE(options.seed >= 0, "seed must be an int in [0, 2**63), but is ", options.seed, where);
+}
+
+bool same_storage(const AdamWOptions& a, const AdamWOptions& b) {
+  return a.amsgrad == b.amsgrad && a.capturable == b.capturable && a.master_weights == b.master_weights &&
+         a.moment_dtype == b.moment_dtype && a.stochastic_rounding == b.stochastic_rounding;
+}
+
+}  // namespace
+
+struct AdamW::Impl {
+  struct Group {
+    AdamWOptions options;
+    std::vector<at::Tensor> params;
+  };
+
+  // A param among those of all groups.
+  struct Place {
+    std::size_t group;
+    std::string name;
+    ParamState state;
+  };
+
+  AdamWOptions defaults;
+  mutable std::mutex mutex;
+  std::vector<Group> groups;
+  std::vector<at::Tensor> params;  // of all groups
+  std::vector<Place> places;       // of all params
+  std::vector<GroupOptions> step_options;
+  std::unique_ptr<Stepper> stepper;
+  HyperMirror mirror;
+  mutable DeviceNumbers skips{at::kLong}, norms{at::kDouble};
+
+  Group& group(std::int64_t index) {
+    TORCH_CHECK_INDEX(index >= 0 && index < static_cast<std::int64_t>(groups.size()), "there is no param group ", index,
+                      ": there are ", groups.size());
+    return groups[index];
+  }
+
+  void add(std::vector<at::Tensor> added, const AdamWOptions& options) {
+    check_options(options, static_cast<std::int64_t>(groups.size()));
+    std::set<const void*> known;
+    for (const at::Tensor& param : params) known.insert(param.unsafeGetTensorImpl());
+    for (std::size_t i = 0; i < added.size(); ++i) {
+      const std::string name = name_of(groups.size(), i);
+      TORCH_CHECK(added[i].defined(), name, " is undefined");
+      TORCH_CHECK(storage_dtype(added[i].scalar_type()), name, " must have a floating point or complex dtype, but has ",
+                  describe(*added[i].unsafeGetTensorImpl()));
+      TORCH_CHECK_VALUE(added[i].is_leaf() || added[i].retains_grad(), "can't optimize a non-leaf Tensor: ", name);
+      TORCH_CHECK_VALUE(known.insert(added[i].unsafeGetTensorImpl()).second,
+                        "some parameters appear in more than one parameter group, or twice in one: ", name);
+    }
+    for (std::size_t i = 0; i < added.size(); ++i) {
+      places.push_back({groups.size(), name_of(groups.size(), i), {}});
+      params.push_back(added[i]);
+    }
+    groups.push_back({options, std::move(added)});
+    stepper.reset();
+  }
+
+  static std::string name_of(std::size_t group, std::size_t index) {
+    return "param (group " + std::to_string(group) + ", index " + std::to_string(index) + ")";
+  }
+
+  const at::Tensor& grad_of(std::size_t index, at::TensorList grads) const {
+    return grads.empty() ? params[index].grad() : grads[index];
+  }
+
+  // Creates missing state; `wanted(i)` says of which params. Returns whose.
+  template <class Wanted>
+  std::vector<std::size_t> create_states(const Wanted& wanted) {
+    std::vector<std::size_t> created;
+    try {
+      for (std::size_t i = 0; i < places.size(); ++i) {
+        if (places[i].state.exists() || !wanted(i)) continue;
+        const AdamWOptions& options = groups[places[i].group].options;
+        TORCH_CHECK(!options.capturable || !has_kernels(params[i].device().type()) ||
+                        !make_executor(params[i].device())->is_capturing(),
+                    places[i].name, " has no state yet: call init_state() before the step is captured");
+        places[i].state = new_state(params[i], options, places[i].name);
+        created.push_back(i);
+      }
+    } catch (...) {
+      take_back(created);
+      throw;
+    }
+    return created;
+  }
+
+  void take_back(const std::vector<std::size_t>& created) {
+    stepper.reset();
+    for (const std::size_t i : created) places[i].state = {};
+  }
+
+  std::unique_ptr<Stepper> make_stepper() const {
+    std::vector<Member> members;
+    members.reserve(params.size());
+    for (std::size_t i = 0; i < params.size(); ++i) {
+      const auto& [group, name, state] = places[i];
+      const AdamWOptions& options = groups[group].options;
+      Member member{params[i], state.step, state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.master};
+      member.group_master = master_of(options);
+      member.rounding = options.stochastic_rounding ? Rounding::stochastic : Rounding::nearest;
+      member.element_number = element_number(i, 0);
+      member.group = static_cast<std::int32_t>(group);
+      member.deferred = options.capturable;
+      member.name = name;
+      members.push_back(std::move(member));
+    }
+    return std::make_unique<Stepper>(members);
+  }
+
+  void read_groups() {
+    step_options.resize(groups.size());
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+      const AdamWOptions& options = groups[i].options;
+      step_options[i].hyper = hyper_of(options);
+      step_options[i].amsgrad = options.amsgrad;
+      step_options[i].maximize = options.maximize;
+      step_options[i].capturable = options.capturable;
+    }
+  }
+
+  // False: a param without state has a gradient.
+  bool try_step(at::TensorList grads, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
+    switch (stepper->prepare({step_options, grads, grad_scale, found_inf, &mirror, &skips, &norms})) {
+      case Stepper::Ready::needs_state:
+        return false;
+      case Stepper::Ready::skip:
+        return true;
+      case Stepper::Ready::run:
+        break;
+    }
+    stepper->measure();
+    stepper->run();
+    stepper->finish();
+    return true;
+  }
+
+  void step(at::TensorList grads, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
+    read_groups();
+    if (stepper != nullptr && try_step(grads, grad_scale, found_inf)) return;
+    const std::vector<std::size_t> created = create_states([&](std::size_t i) { return grad_of(i, grads).defined(); });
+    try {
+      stepper = make_stepper();
+      TORCH_INTERNAL_ASSERT(try_step(grads, grad_scale, found_inf));
+    } catch (...) {
+      take_back(created);
+      throw;
+    }
+  }
+};
+
+AdamW::AdamW(std::vector<at::Tensor> params, const AdamWOptions& defaults) : impl_(std::make_unique<Impl>()) {
+  check_options(defaults, -1);
+  impl_->defaults = defaults;
+  if (!params.empty()) add_param_group(std::move(params));
+}
+
+AdamW::~AdamW() = default;
+
+void AdamW::add_param_group(std::vector<at::Tensor> params, const AdamWOptions& options) {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  impl_->add(std::move(params), options);
+}
+
+std::int64_t AdamW::group_count() const { return static_cast<std::int64_t>(impl_->groups.size()); }
+const std::vector<at::Tensor>& AdamW::params(std::int64_t group) const { return impl_->group(group).params; }
+const AdamWOptions& AdamW::defaults() const { return impl_->defaults; }
+const AdamWOptions& AdamW::options(std::int64_t group) const { return impl_->group(group).options; }
+
+void AdamW::set_options(std::int64_t group, const AdamWOptions& options) {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  AdamWOptions& present = impl_->group(group).options;
+  check_options(options, group);
+  TORCH_CHECK_VALUE(same_storage(present, options), "amsgrad, capturable, master_weights, moment_dtype and ",
+                    "stochastic_rounding of param group ", group, " were decided when it was added");
+  present = options;
+}
+
+void AdamW::step(const std::optional<std::vector<at::Tensor>>& grads, const at::Tensor& grad_scale,
+                 const at::Tensor& found_inf) {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const at::NoGradGuard no_grad;
+  const std::size_t count = impl_->params.size();
+  TORCH_CHECK_VALUE(!grads || grads->size() == count, "grads must have one tensor or None for each of the ", count,
+                    " params, but has ", grads ? grads->size() : 0);
+  impl_->step(grads ? at::TensorList(*grads) : at::TensorList(), grad_scale, found_inf);
+}
+
+void AdamW::zero_grad(bool set_to_none) {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  for (const at::Tensor& param : impl_->params) {
+    at::Tensor& grad = param.mutable_grad();
+    if (!grad.defined()) continue;
+    if (set_to_none) {
+      grad.reset();
+    } else {
+      grad = grad.detach().zero_();
+    }
+  }
+}
+
+void AdamW::init_state() {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  impl_->create_states([](std::size_t) { return true; });
+  impl_->stepper.reset();
+}
+
+void AdamW::sync_hyperparameters() {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  impl_->mirror.sync([&](std::int32_t group) { return hyper_of(impl_->group(group).options); });
+}
+
+AdamW::State AdamW::state() const {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  State state;
+  for (std::size_t i = 0; i < impl_->places.size(); ++i) {
+    const ParamState& items = impl_->places[i].state;
+    if (items.exists()) state.insert(static_cast<std::int64_t>(i), shown(items));
+  }
+  return state;
+}
+
+void AdamW::load_state(const State& state) {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const at::NoGradGuard no_grad;
+  const std::size_t count = impl_->params.size();
+  for (const auto& item : state) {
+    TORCH_CHECK_VALUE(item.key() >= 0 && item.key() < static_cast<std::int64_t>(count), "loaded state has a param ",
+                      item.key(), ", but there are ", count, " params");
+  }
+  std::vector<ParamState> loaded(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto key = static_cast<std::int64_t>(i);
+    const Impl::Place& place = impl_->places[i];
+    const AdamWOptions& options = impl_->groups[place.group].options;
+    if (state.contains(key)) loaded[i] = loaded_state(impl_->params[i], options, place.name, state.at(key));
+  }
+  for (std::size_t i = 0; i < count; ++i) load(impl_->params[i], impl_->places[i].state, loaded[i]);
+  impl_->stepper.reset();
+}
+
+at::Tensor AdamW::grad_norm() const {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const bool clips = std::any_of(impl_->groups.begin(), impl_->groups.end(),
+                                 [](const Impl::Group& group) { return group.options.max_grad_norm.has_value(); });
+  TORCH_CHECK(clips, "grad_norm is measured only where max_grad_norm is set, but it is None in every group");
+  const at::Tensor& sum = impl_->norms.on(impl_->params.empty() ? at::Device(at::kCPU) : impl_->params[0].device());
+  if (sum.is_cuda()) return sum.sqrt();
+  return at::tensor(std::sqrt(sum.item<double>()), at::kDouble);  // torch's is off by a bit at times
+}
+
+at::Tensor AdamW::skipped_steps() const {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const bool on_device = !impl_->params.empty() && impl_->groups[impl_->places[0].group].options.capturable;
+  return impl_->skips.on(on_device ? impl_->params[0].device() : at::Device(at::kCPU));
+}
+
+}  // namespace adamw_ext
