@@ -1,4 +1,4 @@
-"""Builds adamw_ext against the installed torch: the library, which any libtorch program can load, and the Python module.
+"""Builds adamw_ext against the installed torch: a library for any libtorch program, and the Python module over it.
 
 ADAMW_EXT_CUDA=auto|0|1 decides whether CUDA kernels are compiled; auto compiles them where torch was built with CUDA
 and nvcc is found. MAX_JOBS limits the number of compilers that run at once.

@@ -45,6 +45,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
+@torch.no_grad()
 def functional_step(
     params: list[Tensor],
     grads: list[Tensor],

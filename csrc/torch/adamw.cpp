@@ -1,5 +1,5 @@
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/tensor.h>
+#include <ATen/ops/scalar_tensor.h>
 #include <adamw_ext/adamw.h>
 
 #include <algorithm>
@@ -280,7 +280,7 @@ at::Tensor AdamW::grad_norm() const {
   TORCH_CHECK(clips, "grad_norm is measured only where max_grad_norm is set, but it is None in every group");
   const at::Tensor& sum = impl_->norms.on(impl_->params.empty() ? at::Device(at::kCPU) : impl_->params[0].device());
   if (sum.is_cuda()) return sum.sqrt();
-  return at::tensor(std::sqrt(sum.item<double>()), at::kDouble);  // torch's is off by a bit at times
+  return at::scalar_tensor(std::sqrt(sum.item<double>()), at::kDouble);  // torch's is off by a bit at times
 }
 
 at::Tensor AdamW::skipped_steps() const {
