@@ -152,10 +152,6 @@ class FunctionalAdamW:
             )
         for param, state in zip(params, states):  # noqa: B905
             self.state[param] = state
-            if torch.jit.is_scripting():  # type: ignore[attr-defined]
-                # TorchScript does not see that an operator writes to the elements of its lists: without a write that it
-                # sees, it would let one result serve before and after a step, and one zero tensor for two moments.
-                param.requires_grad_(param.requires_grad)
 
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         """The param's state, or that of a first step."""

@@ -106,6 +106,7 @@ def test_an_overflow_at_the_very_first_step_leaves_the_count_at_zero(device: str
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_functional_form_takes_grad_scale_and_found_inf(device: str, capturable: bool) -> None:
+    @torch.no_grad()
     def train(device: str, capturable: bool) -> list[Tensor]:
         combination = (torch.float32, torch.float32)
         job = Job(combination, FEW_SIZES, device=device, capturable=capturable)

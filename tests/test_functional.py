@@ -468,9 +468,30 @@ def test_gradients_may_require_grad():
 def test_fake_tensors_take_a_step_without_memory():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    operator = torch.ops.adamw_ext.adamw_.default
     with FakeTensorMode():
         lists = make_lists()
-        call_operator(**lists, **HYPER, amsgrad=True, maximize=False)
+        operator(*lists.values(), **HYPER, amsgrad=True, maximize=False)
         lists["grads"][1] = torch.zeros(7)
         with pytest.raises(RuntimeError, match=r"grads\[1\] must have the sizes \[3, 4\]"):
-            call_operator(**lists, **HYPER, amsgrad=True, maximize=False)
+            operator(*lists.values(), **HYPER, amsgrad=True, maximize=False)
+
+
+def test_a_call_that_a_compiler_would_take_for_unused_is_refused():
+    def step(*lists):
+        torch.ops.adamw_ext.adamw_(*lists, **HYPER, amsgrad=True, maximize=False)
+
+    with pytest.raises(Exception, match=r"call torch.ops.adamw_ext.adamw_.default"):
+        torch.compile(step, fullgraph=True, backend="eager")(*make_lists().values())
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf", "state_steps"])
+def test_one_tensor_without_memory_does_not_make_a_step_of_nothing(name):
+    lists = make_lists()
+    scaling = {"grad_scale": torch.tensor(1.0), "found_inf": torch.tensor(0.0)}
+    if name in scaling:
+        scaling[name] = scaling[name].to("meta")
+    else:
+        lists[name] = [tensor.to("meta") for tensor in lists[name]]
+    with pytest.raises(RuntimeError, match="a tensor of this call is on meta|must be on cpu as params"):
+        torch.ops.adamw_ext.adamw_.default(*lists.values(), **scaling, **HYPER, amsgrad=True, maximize=False)

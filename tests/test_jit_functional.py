@@ -408,15 +408,6 @@ def test_a_script_keeps_the_call_whichever_list_is_made_inside(build, way, lr, p
     assert not torch.equal(expected["params"][0], make_lists()["params"][0])
 
 
-# No schema, not even one with (*!), tells TorchScript of a write to the elements of a list. It assumes one only of
-# operators that it analyses conservatively, and their schemas may have no annotations. Until there is such a twin:
-UNSEEN_WRITES = pytest.mark.xfail(strict=True, reason="TorchScript does not see that the operator writes to tensors")
-
-
-def frozen_or_optimized(way: str) -> object:
-    return pytest.param(way, marks=UNSEEN_WRITES) if way != "plain" else way
-
-
 class OwnTensors(torch.nn.Module):
     """A step of tensors that belong to the module, for freezing to take for constants."""
 
@@ -436,7 +427,7 @@ class OwnTensors(torch.nn.Module):
 
 
 @IN_BOTH_EXECUTORS
-@pytest.mark.parametrize("way", [frozen_or_optimized(way) for way in WAYS])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_script_updates_tensors_of_its_own_module(way, profiling):
     module, eager = OwnTensors().eval(), OwnTensors()
     with executing(profiling=profiling):
@@ -453,7 +444,6 @@ def test_a_script_updates_tensors_of_its_own_module(way, profiling):
     assert module.step.item() == 4
 
 
-@UNSEEN_WRITES
 @IN_BOTH_EXECUTORS
 def test_a_script_that_makes_the_moments_keeps_them_apart(profiling):
     source = f"""
@@ -469,7 +459,6 @@ def step(param: Tensor, grad: Tensor) -> None:
     assert_same_bits([param], [twin])
 
 
-@UNSEEN_WRITES
 @IN_BOTH_EXECUTORS
 def test_a_script_reads_a_param_anew_after_the_operator(profiling):
     source = f"""

@@ -83,19 +83,23 @@ void adamw_meta(at::TensorList params, at::TensorList grads, at::TensorList exp_
                 at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const std::optional<at::Tensor>&,
                 const std::optional<at::Tensor>&, Lr, double, double, double, double, bool amsgrad, bool) {
   check_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, amsgrad);
-  const auto check = [&](at::TensorList list, const char* name) {
+  const auto check = [&](const char* name, at::TensorList list, bool as_param) {
     for (std::size_t i = 0; i < params.size(); ++i) {
-      TORCH_CHECK(list[i].is_meta(), name, "[", i, "] must be on meta as other tensors here, but is on ",
-                  list[i].device());
-      TORCH_CHECK(list[i].sym_sizes() == params[i].sym_sizes(), name, "[", i, "] must have the sizes ",
+      TORCH_CHECK(list[i].device() == params[i].device(), name, "[", i, "] must be on ", params[i].device(),
+                  " as params[", i, "], but is on ", list[i].device());
+      TORCH_CHECK(!as_param || list[i].sym_sizes() == params[i].sym_sizes(), name, "[", i, "] must have the sizes ",
                   params[i].sym_sizes(), " of params[", i, "], but has ", list[i].sym_sizes());
     }
   };
-  check(params, "params");
-  check(grads, "grads");
-  check(exp_avgs, "exp_avgs");
-  check(exp_avg_sqs, "exp_avg_sqs");
-  if (amsgrad) check(max_exp_avg_sqs, "max_exp_avg_sqs");
+  check("grads", grads, true);
+  check("exp_avgs", exp_avgs, true);
+  check("exp_avg_sqs", exp_avg_sqs, true);
+  if (amsgrad) check("max_exp_avg_sqs", max_exp_avg_sqs, true);
+  check("state_steps", state_steps, false);
+  for (std::size_t i = 0; i < params.size(); ++i) {
+    TORCH_CHECK(params[i].is_meta(), "a tensor of this call is on meta, but params[", i, "] is on ",
+                params[i].device());
+  }
 }
 
 // Nothing here is differentiable: autograd must not come to rely on values that are overwritten.
@@ -103,7 +107,7 @@ void refuse_recording(const c10::OperatorHandle& op, c10::DispatchKeySet keys, t
   const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
   for (std::size_t i = 0; at::GradMode::is_enabled() && i < arguments.size(); ++i) {
     const c10::Argument& argument = op.schema().arguments()[i];
-    if (argument.alias_info() == nullptr || !arguments[i].isTensorList()) continue;
+    if (!arguments[i].isTensorList()) continue;
     const auto list = arguments[i].toTensorVector();
     for (std::size_t place = 0; place < list.size() && argument.name() != "grads"; ++place) {
       TORCH_CHECK(!list[place].defined() || !list[place].requires_grad(), op.schema().name(), " writes to ",
@@ -114,43 +118,69 @@ void refuse_recording(const c10::OperatorHandle& op, c10::DispatchKeySet keys, t
   op.redispatchBoxed(keys & c10::after_ADInplaceOrView_keyset, stack);
 }
 
-// The lists may alias anything (*): a list of a set of its own (a!) would let TorchScript take a list that is made
-// inside the scripted function, and that nothing else reads, for unused, and delete the call.
-std::string schema(const std::string& overload, const std::string& lr) {
-  return "adamw_" + overload +
-         "(Tensor(*!)[] params, Tensor(*!)[] grads, Tensor(*!)[] exp_avgs, Tensor(*!)[] exp_avg_sqs, "
-         "Tensor(*!)[] max_exp_avg_sqs, Tensor(*!)[] state_steps, Tensor? grad_scale=None, Tensor? found_inf=None, "
-         "*, " +
-         lr + " lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize) -> ()";
+// Two operators of one meaning under one name. TorchScript and calls by that name take the first: without marks of what
+// is written, but analysed as writing to whatever may be reached, because from marks on a list TorchScript concludes
+// neither that the call must stay nor that the tensors in the list change. Compilers need the marks and are sent to the
+// second, `.default` and `.tensor_lr`.
+enum class Marks { none, writes };
+
+std::string schema(const std::string& overload, const std::string& lr, Marks marks) {
+  std::string lists;
+  char set = 'a';
+  for (const char* name : {"params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"}) {
+    const std::string mark = marks == Marks::writes ? std::string("(") + set++ + "!)" : "";
+    lists += "Tensor" + mark + "[] " + name + ", ";
+  }
+  return overload + "(" + lists + "Tensor? grad_scale=None, Tensor? found_inf=None, *, " + lr +
+         " lr, float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize) -> ()";
 }
 
+constexpr const char* unmarked[] = {"adamw_.unmarked", "adamw_.unmarked_tensor_lr"};
 constexpr const char* overloads[] = {"adamw_", "adamw_.tensor_lr"};
+
+// Without marks a compiler would take the call for unused.
+void refuse_tracing(const c10::OperatorHandle& op, torch::jit::Stack*) {
+  TORCH_CHECK(false, op.schema().name(), " has a tensor on meta, or is compiled: call torch.ops.adamw_ext.adamw_",
+              op.schema().overload_name() == "unmarked" ? ".default" : ".tensor_lr");
+}
 
 // The stepper reads lazily conjugated and negated tensors itself; torch's fallbacks refuse them in mutable lists.
 void fall_through(torch::Library& library) {
-  for (const char* name : overloads) library.impl(name, torch::CppFunction::makeFallthrough());
+  for (const auto& names : {unmarked, overloads}) {
+    for (int i = 0; i < 2; ++i) library.impl(names[i], torch::CppFunction::makeFallthrough());
+  }
 }
 
 }  // namespace
 
 TORCH_LIBRARY(adamw_ext, library) {
-  library.def(schema("", "float").c_str());
-  library.def(schema(".tensor_lr", "Tensor").c_str());
+  const char* const lr[] = {"float", "Tensor"};
+  for (int i = 0; i < 2; ++i) {
+    library.def(torch::schema(schema(unmarked[i], lr[i], Marks::none).c_str(), c10::AliasAnalysisKind::CONSERVATIVE));
+  }
+  for (int i = 0; i < 2; ++i) library.def(schema(overloads[i], lr[i], Marks::writes).c_str());
 }
 
 // For every backend, so that tensors which do not belong here meet the stepper's checks and their messages.
 TORCH_LIBRARY_IMPL(adamw_ext, CompositeExplicitAutograd, library) {
-  library.impl(overloads[0], &adamw<double>);
-  library.impl(overloads[1], &adamw<const at::Tensor&>);
+  for (const auto& names : {unmarked, overloads}) {
+    library.impl(names[0], &adamw<double>);
+    library.impl(names[1], &adamw<const at::Tensor&>);
+  }
 }
 
 TORCH_LIBRARY_IMPL(adamw_ext, Meta, library) {
   library.impl(overloads[0], &adamw_meta<double>);
   library.impl(overloads[1], &adamw_meta<const at::Tensor&>);
+  for (const char* name : unmarked) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_tracing>());
 }
 
 TORCH_LIBRARY_IMPL(adamw_ext, Autograd, library) {
-  for (const char* name : overloads) library.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_recording>());
+  for (const auto& names : {unmarked, overloads}) {
+    for (int i = 0; i < 2; ++i) {
+      library.impl(names[i], torch::CppFunction::makeFromBoxedFunction<&refuse_recording>());
+    }
+  }
 }
 
 TORCH_LIBRARY_IMPL(adamw_ext, Conjugate, library) { fall_through(library); }
