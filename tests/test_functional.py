@@ -493,5 +493,5 @@ def test_one_tensor_without_memory_does_not_make_a_step_of_nothing(name):
         scaling[name] = scaling[name].to("meta")
     else:
         lists[name] = [tensor.to("meta") for tensor in lists[name]]
-    with pytest.raises(RuntimeError, match="a tensor of this call is on meta|must be on cpu as params"):
+    with pytest.raises(RuntimeError, match=r"a tensor of this call is on meta|must be on cpu as params"):
         torch.ops.adamw_ext.adamw_.default(*lists.values(), **scaling, **HYPER, amsgrad=True, maximize=False)
