@@ -36,10 +36,7 @@ ANY_MODE = pytest.mark.parametrize("mode", MODES)
 BACKENDS = ["eager", "aot_eager"]
 ANY_BACKEND = pytest.mark.parametrize("backend", [*BACKENDS, "inductor"])
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*Profiler function.*:UserWarning"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -722,14 +719,6 @@ def test_a_graph_does_not_take_a_modules_new_param_for_the_optimizers(backend):
 
 
 # --- What a graph cannot hold, and refusals --------------------------------------------------------------------------
-
-
-class Tagged(torch.Tensor):
-    """A subclass with Python dispatch."""
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        raise NotImplementedError
 
 
 def test_differentiable_groups_break_the_graph_and_are_updated_by_torch():
