@@ -43,8 +43,10 @@ class Stepper:
         state: dict[Any, Any],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
+        grads: list[Tensor | None] | None = None,
     ) -> bool:
-        """Update every param that has a gradient. False: nothing was done, because a new stepper is needed."""
+        """Update every param that has a gradient: in ``grads``, one entry per member, or its own ``.grad`` if None.
+        False: nothing was done, because a new stepper is needed."""
     @property
     def started(self) -> bool:
         """Whether the latest step got as far as changing something."""
@@ -56,6 +58,10 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """The float32 tensor again, on the CPU."""
+
+def same_memory(tensors: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether each tensor of one list is its counterpart in the other, or shows the same elements of the same memory in
+    the same order."""
 
 def isa_levels() -> list[str]: ...
 def chosen_isa() -> str: ...

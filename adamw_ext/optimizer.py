@@ -6,12 +6,13 @@ import numbers
 from collections.abc import Callable, Iterable
 from threading import RLock
 from types import NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adamw_ext import _C
+from adamw_ext.numbered import take_number
 from adamw_ext.state import (
     Carried,
     StateLoad,
@@ -24,6 +25,9 @@ from adamw_ext.state import (
     storage_addresses,
 )
 from adamw_ext.torch_path import find_problem, step_group
+
+if TYPE_CHECKING:
+    from adamw_ext.compiled import Given
 
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
 _IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
@@ -93,6 +97,8 @@ class AdamW(torch.optim.AdamW):
     _stepper: _C.Stepper | None = None
     _options: dict[str, Any] = {}  # noqa: RUF012  (those of _DEFAULTS that were given)
     _elsewhere: list[tuple[int, list[Tensor]]] = []  # noqa: RUF012  (group index, params) that torch updates
+    _traced_params: list[Tensor] | None = None  # all params, when a step was last traced for torch.compile
+    _trace: str = ""  # what graphs know that list by
 
     def __init__(
         self,
@@ -140,6 +146,7 @@ class AdamW(torch.optim.AdamW):
         self._mirror = _C.HyperMirror()
         self._skips = _C.DeviceNumbers("int64")
         self._sums_of_squares = _C.DeviceNumbers("float64")
+        self._number = take_number(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of params, as torch's method. The options beyond torch's may be given for each group."""
@@ -148,15 +155,28 @@ class AdamW(torch.optim.AdamW):
                 param_group.setdefault(key, value)
             check_options(param_group, f" in param group {len(self.param_groups)}")
         super().add_param_group(param_group)
+        self._traced_params = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every param that has a gradient, all or none.
+
+        Under ``torch.compile``, with ``fullgraph=True`` too, this is one operator in the graph, with the same bits,
+        state and errors. Hyperparameters are read when the graph runs: no change of theirs makes a new graph; other
+        params getting gradients does. CUDA graphs of inductor leave the operator out; captured by hand, the step is
+        as outside of ``torch.compile`` (``capturable=True``, :meth:`init_state`, :meth:`sync_hyperparameters`). Dynamo
+        does not enter an ``opt.step`` that a scheduler has wrapped, nor ``zero_grad``: with ``fullgraph=True`` call
+        ``AdamW.step(opt)``, or compile ``opt.step`` before the scheduler is made. Params that are left to torch break
+        the graph.
 
         Args:
             closure: re-evaluates the model and returns the loss; called once, with gradients enabled.
 
         Returns:
             What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: under ``torch.compile``, the params of a group were exchanged by hand since the step was
+                compiled, or are now left to torch. Nothing has changed, and the next call compiles anew.
         """
         loss = None
         if closure is not None:
@@ -164,15 +184,12 @@ class AdamW(torch.optim.AdamW):
                 loss = closure()
         grad_scale = getattr(self, "grad_scale", None)
         found_inf = getattr(self, "found_inf", None)
-        with self._stepping:
-            self._check_elsewhere()
-            if self._stepper is None or not self._try_step(grad_scale, found_inf):
-                self._step_anew(grad_scale, found_inf)
-            if self._elsewhere:
-                self._accelerator_health_check()
-                with torch.set_grad_enabled(self.defaults["differentiable"]):
-                    for index, params in self._elsewhere:
-                        step_group(self.param_groups[index], params, self.state, grad_scale, found_inf)
+        if torch.compiler.is_dynamo_compiling():
+            from adamw_ext.compiled import trace_step
+
+            trace_step(self, grad_scale, found_inf)
+        else:
+            self._update(grad_scale, found_inf)
         return loss
 
     def init_state(self) -> None:
@@ -269,22 +286,39 @@ class AdamW(torch.optim.AdamW):
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
 
-    def _try_step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> bool:
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None" = None) -> None:
+        """One step; ``given``: with the gradients, and where it has some the stand-ins for params, of a graph."""
+        with self._stepping:
+            self._check_elsewhere(given)
+            if self._stepper is None or not self._try_step(grad_scale, found_inf, given):
+                self._step_anew(grad_scale, found_inf, given)
+            if self._elsewhere:
+                self._accelerator_health_check()
+                with torch.set_grad_enabled(self.defaults["differentiable"]):
+                    for index, params in self._elsewhere:
+                        step_group(self.param_groups[index], params, self.state, grad_scale, found_inf)
+
+    def _try_step(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None") -> bool:
         """One step with the stepper at hand; False if it no longer fits, for whatever reason: nothing has changed."""
         assert self._stepper is not None
+        if given and given.stand_ins:
+            return False
         try:
-            return self._stepper.step(self.param_groups, self.state, grad_scale, found_inf)
+            grads = given.grads if given else None
+            return self._stepper.step(self.param_groups, self.state, grad_scale, found_inf, grads)
         except (RuntimeError, ValueError, TypeError, KeyError):
             if self._stepper.started:
                 raise  # a launch has failed, after others: nothing may be done twice
             return False  # a new stepper either takes the change (params moved to another dtype) or raises the same
 
-    def _step_anew(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _step_anew(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None") -> None:
         """One step with a new stepper, which creates missing state. On an error, state created here is taken back."""
         created: list[Tensor] = []
         try:
-            self._stepper = self._make_stepper(created)
-            if not self._stepper.step(self.param_groups, self.state, grad_scale, found_inf):
+            stepper = self._make_stepper(created, given)
+            self._stepper = None if given and given.stand_ins else stepper
+            grads = given.grads if given else None
+            if not stepper.step(self.param_groups, self.state, grad_scale, found_inf, grads):
                 raise RuntimeError("params or state were changed by another thread during step()")
             for group in self.param_groups:
                 for param in group["params"]:
@@ -296,7 +330,7 @@ class AdamW(torch.optim.AdamW):
                 self.state.pop(param, None)
             raise
 
-    def _make_stepper(self, created: list[Tensor]) -> _C.Stepper:
+    def _make_stepper(self, created: list[Tensor], given: "Given | None" = None) -> _C.Stepper:
         members: list[tuple[Tensor, dict[str, Any] | None, int, str, int, int]] = []
         number = -1  # of the param in this optimizer
         self._elsewhere = []
@@ -313,22 +347,28 @@ class AdamW(torch.optim.AdamW):
                 state = self.state.get(param)
                 if not isinstance(state, (dict, NoneType)):
                     raise TypeError(f"state of {name} must be a dict, but is {state!r}")
-                if capturing and param.is_cuda and param.grad is not None:
-                    check_ready_for_capture(param, state, group, name)
-                if state and not (capturing and param.grad is None):
-                    conform_state(param, state, group)
-                elif not state and param.grad is not None:
+                has_grad = (param.grad if given is None else given.grads[number]) is not None
+                target = param if given is None else given.stand_ins.get(number, param)
+                if capturing and param.is_cuda and has_grad:
+                    check_ready_for_capture(target, state, group, name)
+                if state and not (capturing and not has_grad):
+                    conform_state(target, state, group)
+                elif not state and has_grad:
                     created.append(param)
-                    state = self.state[param] = new_state(param, group)
-                is_left_out = capturing and param.grad is None  # its state may still have to be converted
-                members.append((param, None if is_left_out else state or None, index, name, number, 0))
+                    state = self.state[param] = new_state(target, group)
+                is_left_out = capturing and not has_grad  # its state may still have to be converted
+                members.append((target, None if is_left_out else state or None, index, name, number, 0))
             if elsewhere:
                 self._elsewhere.append((index, elsewhere))
-        self._check_elsewhere()
+        self._check_elsewhere(given)
         return _C.Stepper(self.param_groups, self.state, members, self._mirror, self._skips, self._sums_of_squares)
 
-    def _check_elsewhere(self) -> None:
-        """Refuse a step that torch's functional AdamW would refuse after other params have moved, or cannot clip."""
+    def _check_elsewhere(self, given: "Given | None") -> None:
+        """Refuse a step that torch's functional AdamW would refuse after other params have moved, or cannot clip, or
+        that a graph cannot hold."""
+        if self._elsewhere and given:
+            name = self._name_of(self._elsewhere[0][0], self._elsewhere[0][1][0])
+            raise RuntimeError(f"{name} was left to torch after this step was compiled: call it again")
         if self._elsewhere and any(group.get("max_grad_norm") is not None for group in self.param_groups):
             index, (param, *_) = self._elsewhere[0]
             name = self._name_of(index, param)

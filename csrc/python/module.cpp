@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <optional>
 #include <set>
 
 #include "../torch/masters.h"
@@ -231,15 +232,18 @@ class PythonStepper {
         mirror_(std::move(mirror)),
         skips_(std::move(skips)),
         norms_(std::move(norms)),
-        groups_(param_groups.size()) {
+        groups_(param_groups.size()),
+        member_count_(members.size()) {
     watch_.remember(param_groups.ptr(), state.ptr());
     std::set<std::size_t> used;
     for (const py::handle member : members) used.insert(member.cast<py::tuple>()[2].cast<std::size_t>());
     used_groups_.assign(used.begin(), used.end());
   }
 
-  // False: the containers have changed, or a param needs state, so a new stepper must be made.
-  bool step(const py::list& param_groups, const py::dict& state, py::handle grad_scale, py::handle found_inf) {
+  // False: the containers have changed, or a param needs state, so a new stepper must be made. grads: one tensor or
+  // None per member; None: each param's own .grad.
+  bool step(const py::list& param_groups, const py::dict& state, py::handle grad_scale, py::handle found_inf,
+            const std::optional<py::list>& grads) {
     started_ = false;
     if (!watch_.matches(param_groups.ptr(), state.ptr())) return false;
     bool ran_python = false;
@@ -255,8 +259,9 @@ class PythonStepper {
     if (ran_python && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
     const at::Tensor scale = to_optional_tensor(grad_scale, "grad_scale");
     const at::Tensor found = to_optional_tensor(found_inf, "found_inf");
+    const std::vector<at::Tensor> given = grads ? to_grads(*grads) : std::vector<at::Tensor>();
     const Stepper::Ready ready =
-        stepper_.prepare({groups_, {}, scale, found, mirror_.get(), skips_.get(), norms_.get()});
+        stepper_.prepare({groups_, given, scale, found, mirror_.get(), skips_.get(), norms_.get()});
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
     started_ = true;
@@ -278,6 +283,17 @@ class PythonStepper {
   bool started() const { return started_; }
 
  private:
+  std::vector<at::Tensor> to_grads(const py::list& list) const {
+    if (list.size() != member_count_) {
+      throw py::value_error("grads must have one entry for each of the " + std::to_string(member_count_) +
+                            " members, but has " + std::to_string(list.size()));
+    }
+    std::vector<at::Tensor> grads;
+    grads.reserve(list.size());
+    for (const py::handle grad : list) grads.push_back(to_optional_tensor(grad, "a gradient"));
+    return grads;
+  }
+
   std::vector<Flags> flags_;  // of all param groups, as when the stepper was made
   Stepper stepper_;
   std::shared_ptr<HyperMirror> mirror_;
@@ -286,6 +302,7 @@ class PythonStepper {
   Watch watch_;
   std::vector<GroupOptions> groups_;  // of all param groups; those without a member here are never read
   std::vector<std::size_t> used_groups_;
+  std::size_t member_count_;
   bool started_ = false;
 };
 
@@ -320,6 +337,22 @@ py::object joined(py::handle param, py::handle remainder) {
       wrap(join_master(to_tensor(param, "param"), to_tensor(remainder, "remainder"))));
 }
 
+// Whether each tensor of one list is its counterpart in the other, or a view of the very same elements.
+bool same_memory(const py::list& tensors, const py::list& others) {
+  const auto same = [](const at::Tensor& a, const at::Tensor& b) {
+    return a.is_same(b) || (a.has_storage() && b.has_storage() && a.dtype() == b.dtype() && a.device() == b.device() &&
+                            a.sizes() == b.sizes() && a.strides() == b.strides() && a.is_conj() == b.is_conj() &&
+                            a.is_neg() == b.is_neg() && a.const_data_ptr() == b.const_data_ptr());
+  };
+  if (tensors.size() != others.size()) return false;
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const py::handle tensor = tensors[i], other = others[i];
+    if (!is_tensor(tensor.ptr()) || !is_tensor(other.ptr())) throw py::type_error("the lists must hold tensors");
+    if (!same(unpack(tensor.ptr()), unpack(other.ptr()))) return false;
+  }
+  return true;
+}
+
 std::vector<std::string> isa_levels() {
   std::vector<std::string> names;
   for (const cpu::Isa isa : cpu::supported_isas()) names.emplace_back(cpu::isa_name(isa));
@@ -344,7 +377,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"), py::arg("skips"),
            py::arg("norms"))
       .def("step", &PythonStepper::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"),
-           py::arg("found_inf"))
+           py::arg("found_inf"), py::arg("grads") = py::none())
       .def_property_readonly("isa", [](PythonStepper& self) { return cpu::isa_name(self.tuning().isa); })
       .def_property_readonly("started", &PythonStepper::started)
       .def_property(
@@ -361,6 +394,7 @@ PYBIND11_MODULE(_C, module) {
       .def("sync", &sync_mirror, py::arg("param_groups"));
   module.def("split_master", &split_of, py::arg("master"));
   module.def("join_master", &joined, py::arg("param"), py::arg("remainder"));
+  module.def("same_memory", &same_memory, py::arg("tensors"), py::arg("others"));
   module.def("isa_levels", &isa_levels);
   module.def("chosen_isa", [] { return cpu::isa_name(cpu::choose_isa()); });
   module.def("combinations", &combinations);
