@@ -62,13 +62,12 @@ def trace_step(optimizer: "AdamW", grad_scale: Tensor | None, found_inf: Tensor 
     written = params or (optimizer._traced_params or [])[:1]
     if not written:
         return
-    with torch.no_grad():
-        if grad_scale is None:
-            torch.ops.adamw_ext.compiled_step_.default(written, grads, found_inf, numbers, optimizer._trace)
-        else:
-            torch.ops.adamw_ext.compiled_step_.unscaling(
-                written, grads, grad_scale, found_inf, numbers, optimizer._trace
-            )
+    # Not torch.no_grad(): where the operator raises, a graph would leave that switched on.
+    written = [param.detach() for param in written]
+    if grad_scale is None:
+        torch.ops.adamw_ext.compiled_step_.default(written, grads, found_inf, numbers, optimizer._trace)
+    else:
+        torch.ops.adamw_ext.compiled_step_.unscaling(written, grads, grad_scale, found_inf, numbers, optimizer._trace)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[misc]

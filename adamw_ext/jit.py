@@ -134,22 +134,21 @@ class FunctionalAdamW:
         max_exp_avg_sqs: list[Tensor] = []
         if self.amsgrad:
             max_exp_avg_sqs = [state["max_exp_avg_sq"] for state in states]
-        with torch.no_grad():
-            torch.ops.adamw_ext.adamw_(
-                params,
-                grads,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                max_exp_avg_sqs,
-                [state["step"] for state in states],
-                lr=self.defaults["lr"],
-                beta1=self.defaults["beta1"],
-                beta2=self.defaults["beta2"],
-                weight_decay=self.defaults["weight_decay"],
-                eps=self.defaults["eps"],
-                amsgrad=self.amsgrad,
-                maximize=self.maximize,
-            )
+        torch.ops.adamw_ext.adamw_(
+            [param.detach() for param in params],  # a script that raises may leave torch.no_grad() switched on
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            max_exp_avg_sqs,
+            [state["step"] for state in states],
+            lr=self.defaults["lr"],
+            beta1=self.defaults["beta1"],
+            beta2=self.defaults["beta2"],
+            weight_decay=self.defaults["weight_decay"],
+            eps=self.defaults["eps"],
+            amsgrad=self.amsgrad,
+            maximize=self.maximize,
+        )
         for param, state in zip(params, states):  # noqa: B905
             self.state[param] = state
 

@@ -40,3 +40,12 @@ def one_thread() -> Iterator[None]:
     """For tests of many tiny operations: on a busy machine, threads that wait for each other take most of the time."""
     with running_on(threads=1):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _grad_mode_is_left_on() -> Iterator[None]:
+    """A step that raises must not leave torch.no_grad() switched on."""
+    yield
+    is_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)
+    assert is_on

@@ -371,7 +371,7 @@ def test_a_graph_that_computes_gradients_may_call_the_functional_operator(backen
         values = dict(zip(names, params, strict=True))
         grads, loss = grad_and_value(loss_of)(values, model, x, y)
         grads = list(grads.values())
-        torch.ops.adamw_ext.adamw_(
+        torch.ops.adamw_ext.adamw_.tensor_lr(
             params, grads, *states, lr=lr, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8,
             amsgrad=False, maximize=False,
         )  # fmt: skip
@@ -424,15 +424,8 @@ def test_a_graph_reads_the_old_values_before_the_step_and_the_new_ones_after_it(
     assert graphs.count == 1
 
 
-@pytest.mark.parametrize(
-    "backend",
-    [
-        *BACKENDS,
-        pytest.param("inductor", marks=pytest.mark.xfail(reason="of inductor, with any operator", strict=True)),
-    ],
-)
+@ANY_BACKEND
 def test_a_0_d_value_of_a_0_d_param_that_is_returned_is_the_old_one(backend):
-    """inductor (of torch 2.13) computes it after the write, for want of an order between the two."""
     param = torch.nn.Parameter(torch.ones(()))
     optimizer = AdamW([param], lr=0.1)
 

@@ -138,8 +138,8 @@ def start_gloo(rank: int, folder: str, backend: str = "gloo") -> None:
     torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
 
 
-# DDP's destructor holds the interpreter lock and waits for gloo's threads, one of which may wait for that lock to drop a
-# hook that is done: a process keeps its models and ends without destructors.
+# DDP's destructor holds the interpreter lock and waits for gloo's threads, one of which may wait for that lock to drop
+# a hook that is done: a process keeps its models and ends without destructors.
 KEPT: list[nn.Module] = []
 
 

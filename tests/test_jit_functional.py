@@ -4,6 +4,7 @@ Called from Python a scripted class is a Python class: what matters in scripts i
 """
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -295,11 +296,13 @@ def test_the_same_param_twice_is_refused():
 
 @contextmanager
 def ignoring_an_undefined_gradient() -> Iterator[None]:
+    """TorchScript hands it on, or fails in its own alias analysis when it optimises for it."""
     try:
         yield
     except RuntimeError as error:
-        if "grads[0] is undefined" not in str(error):
+        if not re.search(r"grads\[0\] is undefined|INTERNAL ASSERT FAILED .*alias_analysis", str(error)):
             raise
+    assert torch.is_grad_enabled()
 
 
 @IN_BOTH_EXECUTORS
