@@ -19,21 +19,26 @@ demo: $(VENV)/installed
 demo-short: $(VENV)/installed
 	$(BIN)/python -m examples.demo --short --out out/demo-short
 
+# In as many processes as there are cores, up to four.
+PYTEST := -m pytest -n auto --maxprocesses 4 -m "not slow" tests
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not slow" tests
+	$(BIN)/python $(PYTEST)
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests
 
 # The CUDA kernels without a GPU: built against a CUDA build of torch (the second torch version that is tested) in a copy
 # of the checkout, looked into, and the suite run on that build. A skip in the first part would hide a failure.
+SAME_EVERYWHERE := sanitized.py parity.py bench_modes.py kernels_cuda.py  # run before, or free of torch's version
 CUDA_TORCH := torch==2.11.0
 CUDA_VENV  := .venv-cuda
 CUDA_COPY  := out/cuda-build
 
 $(CUDA_VENV)/installed: Makefile
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=68" "pytest>=8" "hypothesis>=6.100" "tqdm>=4.60" \
+	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=68" "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" \
+		"tqdm>=4.60" \
 		"nvidia-cuda-cuobjdump>=13,<14" "nvidia-cuda-nvdisasm>=13,<14"
 	touch $@
 
@@ -45,7 +50,7 @@ test-cuda-build: $(CUDA_VENV)/installed
 	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python -m adamw_ext
 	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -v -rs tests/test_kernels_cuda.py > kernels.log; \
 		status=$$?; cat kernels.log; test $$status = 0 && ! grep -q SKIPPED kernels.log
-	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -m "not slow" tests
+	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(addprefix --ignore tests/test_,$(SAME_EVERYWHERE))
 
 # On a machine with an NVIDIA GPU, with $(PYTHON)'s own torch and pytest and a CUDA toolkit: nothing is installed.
 gpu-check:
