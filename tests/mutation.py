@@ -30,6 +30,8 @@ TESTS = (
 CLIPPING = ("tests/test_max_grad_norm.py",)
 MASTERS = ("tests/test_split_masters.py", "tests/test_master_weights.py")
 STOCHASTIC = ("tests/test_stochastic_rounding.py",)
+SCRIPTED = ("tests/test_script_class.py",)
+OPERATORS = ("tests/test_functional.py", "tests/test_jit_functional.py")
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
 
@@ -327,6 +329,37 @@ FAULTS = [
         "rest.element_number += static_cast<std::uint64_t>(begin);",
         "",
         STOCHASTIC,
+    ),
+    # The script class and the operators.
+    Fault(
+        "the script class counts params anew in every group",
+        "csrc/torch/adamw.cpp",
+        "element_number(i, 0)",
+        "element_number(0, 0)",
+        SCRIPTED,
+    ),
+    Fault("the script class skips clipping", "csrc/torch/adamw.cpp", "&skips, &norms}", "&skips, nullptr}", SCRIPTED),
+    Fault("a loaded step count is lost", "csrc/torch/param_state.cpp", ".fill_(done)", ".fill_(0)", SCRIPTED),
+    Fault(
+        "a loaded master is that of the rounded param",
+        "csrc/torch/param_state.cpp",
+        "state.master = laid_out_as(param, dtype, value);",
+        "state.master = new_state(param, options, name).master;",
+        SCRIPTED,
+    ),
+    Fault(
+        "TorchScript is shown what the operator writes",
+        "csrc/torch/operators.cpp",
+        "constexpr const char* unmarked[] = {\"adamw_.unmarked\", \"adamw_.unmarked_tensor_lr\"};",
+        "constexpr const char* unmarked[] = {\"unmarked_.unmarked\", \"unmarked_.unmarked_tensor_lr\"};",
+        OPERATORS,
+    ),
+    Fault(
+        "the operator may be recorded",
+        "csrc/torch/operators.cpp",
+        "at::GradMode::is_enabled() && i < arguments.size()",
+        "false && i < arguments.size()",
+        OPERATORS,
     ),
 ]
 

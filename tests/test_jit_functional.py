@@ -19,7 +19,11 @@ import adamw_ext
 from adamw_ext.jit import FunctionalAdamW
 from tests.helpers import assert_same_bits
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is (deprecated|not supported):DeprecationWarning")
+# TorchScript's own deprecation, and no other warning.
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is (deprecated|not supported):DeprecationWarning"),
+]
 
 ROOT = Path(__file__).parents[1]
 SHAPES = [(5,), (3, 4), (), (70,)]

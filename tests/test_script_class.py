@@ -14,7 +14,11 @@ from torch import Tensor
 
 import adamw_ext
 
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+# TorchScript's own deprecation, and no other warning.
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is (deprecated|not supported):DeprecationWarning"),
+]
 
 ScriptAdamW = torch.classes.adamw_ext.AdamW
 SHAPES = [(70,), (3, 5), (), (0,), (2, 3, 4)]

@@ -196,10 +196,22 @@ void AdamW::add_param_group(std::vector<at::Tensor> params, const AdamWOptions& 
   impl_->add(std::move(params), options);
 }
 
-std::int64_t AdamW::group_count() const { return static_cast<std::int64_t>(impl_->groups.size()); }
-const std::vector<at::Tensor>& AdamW::params(std::int64_t group) const { return impl_->group(group).params; }
+std::int64_t AdamW::group_count() const {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  return static_cast<std::int64_t>(impl_->groups.size());
+}
+
+std::vector<at::Tensor> AdamW::params(std::int64_t group) const {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  return impl_->group(group).params;
+}
+
 const AdamWOptions& AdamW::defaults() const { return impl_->defaults; }
-const AdamWOptions& AdamW::options(std::int64_t group) const { return impl_->group(group).options; }
+
+AdamWOptions AdamW::options(std::int64_t group) const {
+  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  return impl_->group(group).options;
+}
 
 void AdamW::set_options(std::int64_t group, const AdamWOptions& options) {
   const std::lock_guard<std::mutex> turn(impl_->mutex);
@@ -221,11 +233,13 @@ void AdamW::step(const std::optional<std::vector<at::Tensor>>& grads, const at::
 }
 
 void AdamW::zero_grad(bool set_to_none) {
+  std::vector<at::Tensor> dropped;  // freed without the mutex: that may run code which comes back here
   const std::lock_guard<std::mutex> turn(impl_->mutex);
   for (const at::Tensor& param : impl_->params) {
     at::Tensor& grad = param.mutable_grad();
     if (!grad.defined()) continue;
     if (set_to_none) {
+      dropped.push_back(std::move(grad));
       grad.reset();
     } else {
       grad = grad.detach().zero_();

@@ -159,7 +159,8 @@ c10::List<Group> param_groups(const Self& self) {
   for (std::int64_t i = 0; i < self->group_count(); ++i) {
     Group group = shown(self->options(i));
     c10::List<std::int64_t> places;
-    while (places.size() < self->params(i).size()) places.push_back(place++);
+    const std::size_t count = self->params(i).size();
+    while (places.size() < count) places.push_back(place++);
     group.insert("params", places);
     groups.push_back(group);
   }
@@ -214,7 +215,8 @@ void set_all(const Self& self, std::optional<std::int64_t> group, const Set& set
 std::vector<at::Tensor> all_params(const Self& self) {
   std::vector<at::Tensor> params;
   for (std::int64_t i = 0; i < self->group_count(); ++i) {
-    params.insert(params.end(), self->params(i).begin(), self->params(i).end());
+    const std::vector<at::Tensor> of_group = self->params(i);
+    params.insert(params.end(), of_group.begin(), of_group.end());
   }
   return params;
 }

@@ -53,13 +53,13 @@ class ADAMW_EXT_API AdamW : public torch::CustomClassHolder {
   void add_param_group(std::vector<at::Tensor> params, const AdamWOptions& options);
   void add_param_group(std::vector<at::Tensor> params) { add_param_group(std::move(params), defaults()); }
   std::int64_t group_count() const;
-  const std::vector<at::Tensor>& params(std::int64_t group) const;
+  std::vector<at::Tensor> params(std::int64_t group) const;
 
   // What a group has where it says nothing.
   const AdamWOptions& defaults() const;
 
   // A group's options, and others in their place. Only numbers and maximize may change once there is a state.
-  const AdamWOptions& options(std::int64_t group) const;
+  AdamWOptions options(std::int64_t group) const;
   void set_options(std::int64_t group, const AdamWOptions& options);
 
   // Updates every param that has a gradient, all or none. grads: one for each param of all groups, undefined for none;
