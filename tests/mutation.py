@@ -350,8 +350,8 @@ FAULTS = [
     Fault(
         "TorchScript is shown what the operator writes",
         "csrc/torch/operators.cpp",
-        "constexpr const char* unmarked[] = {\"adamw_.unmarked\", \"adamw_.unmarked_tensor_lr\"};",
-        "constexpr const char* unmarked[] = {\"unmarked_.unmarked\", \"unmarked_.unmarked_tensor_lr\"};",
+        'constexpr const char* unmarked[] = {"adamw_.unmarked", "adamw_.unmarked_tensor_lr"};',
+        'constexpr const char* unmarked[] = {"unmarked_.unmarked", "unmarked_.unmarked_tensor_lr"};',
         OPERATORS,
     ),
     Fault(
