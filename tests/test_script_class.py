@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import pickle
 import threading
 import weakref
@@ -156,6 +157,15 @@ def test_zero_grad(set_to_none):
     script.zero_grad(set_to_none)
     assert params[0].grad is None if set_to_none else torch.equal(params[0].grad, torch.zeros_like(params[0]))
     assert params[1].grad is None
+
+
+def test_zero_grad_keeps_the_gradient_that_it_fills():
+    param = torch.nn.Parameter(torch.ones(3))
+    grad = param.grad = (param * 2).sum() * torch.ones(3)
+    ScriptAdamW([param]).zero_grad(False)
+    assert param.grad is grad
+    assert grad.grad_fn is None
+    assert torch.equal(grad, torch.zeros(3))
 
 
 def test_a_gradient_scalers_numbers():
@@ -416,7 +426,16 @@ CONSTRUCTIONS = {
     "integers": (lambda p: ScriptAdamW([torch.ones(2).int()]), RuntimeError, "must have a floating point or complex"),
     "no leaf": (lambda p: ScriptAdamW([p[0] * 2]), ValueError, "can't optimize a non-leaf Tensor"),
     "twice": (lambda p: ScriptAdamW([p[0], p[0]]), ValueError, "more than one parameter group, or twice"),
-    "unknown": (lambda p: ScriptAdamW.from_groups([{"params": p, "lrr": 1.0}]), ValueError, "unknown option 'lrr'"),
+    "moment_dtype": (
+        lambda p: ScriptAdamW(p, moment_dtype=torch.float64),
+        ValueError,
+        "moment_dtype must be torch.flo",
+    ),
+    "no dtype": (
+        lambda p: ScriptAdamW.from_groups([{"params": p, "moment_dtype": 2**33}]),
+        TypeError,
+        "a dtype or None",
+    ),
     "no 'params'": (lambda p: ScriptAdamW.from_groups([{"lr": 1.0}]), ValueError, "must have 'params'"),
     "params": (lambda p: ScriptAdamW.from_groups([{"params": 3}]), TypeError, "a tensor or a list of tensors"),
     "lr of a group": (lambda p: ScriptAdamW.from_groups([{"params": p, "lr": "x"}]), TypeError, "lr must be a number"),
@@ -449,6 +468,7 @@ MISUSES = {
     "scale": (lambda o, p, g: o.step(g, torch.tensor(0.0)), ValueError, "grad_scale must be positive and finite"),
     "scale's size": (lambda o, p, g: o.step(g, torch.ones(2)), RuntimeError, "grad_scale must hold 1 element"),
     "group": (lambda o, p, g: o.get_lr(7), IndexError, "no param group 7: there are 1"),
+    "group to set": (lambda o, p, g: o.set_lr(0.1, 2**63 - 1), IndexError, "no param group 9223372036854775807"),
     "lr": (lambda o, p, g: o.set_lr(-1.0), ValueError, "Invalid learning rate: -1 in param group 0"),
     "norm": (lambda o, p, g: o.grad_norm(), RuntimeError, "max_grad_norm is set, but it is None"),
 }
@@ -495,6 +515,7 @@ LOADS = {
     "size": (lambda s, g: (s, [{**g[0], "params": [0]}]), "match the size of optimizer's group 0: 1 params, not 5"),
     "no step": (lambda s, g: ({**s, 0: {"exp_avg": s[0]["exp_avg"]}}, g), "'step' of param .* but is missing"),
     "step": (lambda s, g: ({**s, 0: {**s[0], "step": torch.tensor(0.5)}}, g), "whole number of updates, but is 0.5"),
+    "infinity": (lambda s, g: ({**s, 0: {**s[0], "step": torch.tensor(math.inf)}}, g), "of updates, but is inf"),
     "shape": (lambda s, g: ({**s, 1: {**s[1], "exp_avg": torch.ones(3)}}, g), r"'exp_avg' of .*index 1\) must be of"),
     "dtype": (lambda s, g: ({**s, 1: {**s[1], "exp_avg": torch.ones(3, 5).int()}}, g), "a floating point dtype"),
     "master": (lambda s, g: ({**s, 1: {**s[1], "master_param": torch.ones(3, 5)}}, g), "a master of another kind"),
@@ -515,3 +536,140 @@ def test_an_unfit_state_dict_is_refused_and_changes_nothing(case):
         script.load_state_dict(*make(other.state(), other.param_groups()))
     assert_same_state(script.state(), before)
     assert script.param_groups() == groups
+
+
+def test_unknown_keys_and_tuples_of_params_are_tolerated_in_groups():
+    params = make_params()
+    script = ScriptAdamW.from_groups([{"params": tuple(params), "lr": 0.5, "max_lr": 1.0, "initial_lr": 0.5}])
+    assert len(script.params()) == len(params)
+    assert script.get_lr() == 0.5
+
+
+def test_a_loaded_dict_may_switch_amsgrad_on():
+    params = make_params()
+    python = adamw_ext.AdamW(make_params(), amsgrad=True)
+    advance(python, python.param_groups[0]["params"], range(2))
+    script = ScriptAdamW(params)
+    advance(script, params, range(1))
+    script.load_state_dict(**python.state_dict())
+    assert script.param_groups()[0]["amsgrad"]
+    assert_same_state(script.state(), python.state_dict()["state"])
+
+
+MOVES = {
+    "channels last": (torch.float32, {}, lambda p: p.to(memory_format=torch.channels_last)),
+    "narrowed": (torch.float32, {"master_weights": "fp32"}, lambda p: p.bfloat16()),
+    "widened": (torch.bfloat16, {"master_weights": "fp32", "moment_dtype": torch.float32}, lambda p: p.float()),
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_param_that_is_moved_trains_on_as_in_python(move):
+    dtype, options, moved = MOVES[move]
+    ours, theirs = make_params(dtype, [(2, 3, 4, 5)]), make_params(dtype, [(2, 3, 4, 5)])
+    script, python = ScriptAdamW(ours, **options), adamw_ext.AdamW(theirs, **options)
+    for optimizer, (param,) in ((script, ours), (python, theirs)):
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        param.grad = None
+        param.data = moved(param.data)
+        param.grad = torch.full_like(param, 2.0)
+        if move == "narrowed":  # moments stay float32
+            optimizer.step()
+        optimizer.step()
+    assert_same((script, ours), (python, theirs))
+
+
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {}], ids=str)
+@pytest.mark.parametrize("make", [ScriptAdamW, adamw_ext.AdamW], ids=["script", "python"])
+def test_a_mode_that_makes_tensors_without_memory_is_refused_and_leaves_no_trace(make, options):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    param, twin = torch.nn.Parameter(torch.ones(4, 6)), torch.nn.Parameter(torch.ones(4, 6))
+    script, other = make([param], **options), make([twin], **options)
+    for each, optimizer in ((param, script), (twin, other)):
+        each.grad = torch.ones(4, 6)
+        optimizer.step()
+        each.grad = torch.full((6, 4), 2.0).t()
+    if not options:
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            pytest.raises(RuntimeError, match="makes tensors without memory"),
+        ):
+            script.step()
+    else:
+        fresh = make([torch.nn.Parameter(torch.ones(2))], **options)
+        with (
+            FakeTensorMode(allow_non_fake_inputs=True),
+            pytest.raises(RuntimeError, match="makes tensors without memory"),
+        ):
+            fresh.skipped_steps() if make is ScriptAdamW else fresh.skipped_steps
+        assert not int(fresh.skipped_steps() if make is ScriptAdamW else fresh.skipped_steps)
+    script.step()
+    other.step()
+    assert torch.equal(param, twin)
+    assert not torch.equal(param, torch.ones(4, 6))
+
+
+def test_what_a_step_calls_may_read_the_optimizer_but_not_change_it():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    params = make_params()
+    script, seen = ScriptAdamW(params), []
+
+    class Meddling(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(script.get_lr())
+            for change in (script.step, script.zero_grad, script.init_state):
+                with pytest.raises(RuntimeError, match="from within its own step"):
+                    change()
+            return func(*args, **(kwargs or {}))
+
+    grads = [torch.ones_like(param) for param in params]
+    with Meddling():
+        script.step(grads)
+    assert seen
+    assert script.state()[0]["step"] == 1
+
+
+def test_saving_in_one_thread_while_another_zeroes_gradients_does_not_hang():
+    scripted = torch.jit.script(Trained(*MODES["float32"]))
+    params, done = list(scripted.parameters()), threading.Event()
+
+    def train():
+        while not done.is_set():
+            for param in params:
+                param.grad = torch.ones_like(param)
+                param.grad.tag = 1  # keeps the gradient's Python object, which is freed with the interpreter's lock
+            scripted.optimizer.zero_grad()
+
+    def save():
+        for _ in range(100):
+            torch.jit.save(scripted, io.BytesIO())
+        done.set()
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (train, save)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert done.is_set()
+
+
+def test_groups_may_be_added_while_others_read():
+    script, done = ScriptAdamW(make_params()), threading.Event()
+
+    def read():
+        while not done.is_set():
+            assert len(script.params()) >= len(SHAPES)
+            script.param_groups()
+
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        script.add_param_group({"params": [torch.zeros(1)]})
+    done.set()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(script.params()) == len(SHAPES) + 200

@@ -30,12 +30,16 @@ void check_options(const AdamWOptions& options, std::int64_t group) {
   const std::string where = group < 0 ? "" : " in param group " + std::to_string(group);
   TORCH_CHECK_VALUE(!options.max_grad_norm || *options.max_grad_norm >= 0.0,
                     "Invalid max_grad_norm value: ", options.max_grad_norm.value_or(0.0), where);
+  TORCH_CHECK_VALUE(
+      !options.moment_dtype || *options.moment_dtype == at::kFloat || *options.moment_dtype == at::kBFloat16,
+      "moment_dtype must be torch.float32, torch.bfloat16 or None, but is ",
+      options.moment_dtype ? dtype_name(*options.moment_dtype) : "None", where);
   TORCH_CHECK_VALUE(options.seed >= 0, "seed must be an int in [0, 2**63), but is ", options.seed, where);
 }
 
 bool same_storage(const AdamWOptions& a, const AdamWOptions& b) {
-  return a.amsgrad == b.amsgrad && a.capturable == b.capturable && a.master_weights == b.master_weights &&
-         a.moment_dtype == b.moment_dtype && a.stochastic_rounding == b.stochastic_rounding;
+  return a.capturable == b.capturable && a.master_weights == b.master_weights && a.moment_dtype == b.moment_dtype &&
+         a.stochastic_rounding == b.stochastic_rounding;
 }
 
 }  // namespace
@@ -54,7 +58,9 @@ struct AdamW::Impl {
   };
 
   AdamWOptions defaults;
-  mutable std::mutex mutex;
+  mutable std::recursive_mutex mutex;
+  bool stepping = false;
+  bool started = false;  // the latest step has changed something
   std::vector<Group> groups;
   std::vector<at::Tensor> params;  // of all groups
   std::vector<Place> places;       // of all params
@@ -62,6 +68,32 @@ struct AdamW::Impl {
   std::unique_ptr<Stepper> stepper;
   HyperMirror mirror;
   mutable DeviceNumbers skips{at::kLong}, norms{at::kDouble};
+
+  // One thread's turn.
+  class Turn {
+   public:
+    enum class To { read, change };
+
+    Turn(const Impl& impl, To to) : lock_(impl.mutex) {
+      TORCH_CHECK(to == To::read || !impl.stepping, "an optimizer cannot be changed from within its own step");
+    }
+
+   private:
+    std::lock_guard<std::recursive_mutex> lock_;
+  };
+
+  struct Stepping {
+    bool& flag;
+
+    explicit Stepping(bool& value) : flag(value) { flag = true; }
+    ~Stepping() { flag = false; }
+  };
+
+  template <class Set>
+  void set_of(std::optional<std::int64_t> index, const Set& set);
+
+  Turn read() const { return Turn(*this, Turn::To::read); }
+  Turn change() { return Turn(*this, Turn::To::change); }
 
   Group& group(std::int64_t index) {
     TORCH_CHECK_INDEX(index >= 0 && index < static_cast<std::int64_t>(groups.size()), "there is no param group ", index,
@@ -130,7 +162,8 @@ struct AdamW::Impl {
     for (std::size_t i = 0; i < params.size(); ++i) {
       const auto& [group, name, state] = places[i];
       const AdamWOptions& options = groups[group].options;
-      Member member{params[i], state.step, state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.master};
+      Member member{params[i], state.step, state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq};
+      if (needs_master(params[i].scalar_type())) member.master = state.master;
       member.group_master = master_of(options);
       member.rounding = options.stochastic_rounding ? Rounding::stochastic : Rounding::nearest;
       member.element_number = element_number(i, 0);
@@ -155,6 +188,7 @@ struct AdamW::Impl {
 
   // False: a param without state has a gradient.
   bool try_step(at::TensorList grads, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
+    started = false;
     switch (stepper->prepare({step_options, grads, grad_scale, found_inf, &mirror, &skips, &norms})) {
       case Stepper::Ready::needs_state:
         return false;
@@ -163,15 +197,33 @@ struct AdamW::Impl {
       case Stepper::Ready::run:
         break;
     }
+    started = true;
     stepper->measure();
     stepper->run();
     stepper->finish();
     return true;
   }
 
+  // With the stepper at hand; false if it no longer fits, for whatever reason: a new one takes the change (a module
+  // that was moved to another dtype), or says the same.
+  bool try_again(at::TensorList grads, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
+    if (stepper == nullptr) return false;
+    try {
+      return try_step(grads, grad_scale, found_inf);
+    } catch (const c10::Error&) {
+      if (started) throw;
+      return false;
+    }
+  }
+
   void step(at::TensorList grads, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
     read_groups();
-    if (stepper != nullptr && try_step(grads, grad_scale, found_inf)) return;
+    if (try_again(grads, grad_scale, found_inf)) return;
+    stepper.reset();
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      Place& place = places[i];
+      if (place.state.exists()) conform(params[i], groups[place.group].options, place.name, place.state);
+    }
     const std::vector<std::size_t> created = create_states([&](std::size_t i) { return grad_of(i, grads).defined(); });
     try {
       stepper = make_stepper();
@@ -179,6 +231,9 @@ struct AdamW::Impl {
     } catch (...) {
       take_back(created);
       throw;
+    }
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      if (!needs_master(params[i].scalar_type())) places[i].state.master.reset();  // stale from now on
     }
   }
 };
@@ -192,39 +247,64 @@ AdamW::AdamW(std::vector<at::Tensor> params, const AdamWOptions& defaults) : imp
 AdamW::~AdamW() = default;
 
 void AdamW::add_param_group(std::vector<at::Tensor> params, const AdamWOptions& options) {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->change();
   impl_->add(std::move(params), options);
 }
 
 std::int64_t AdamW::group_count() const {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->read();
   return static_cast<std::int64_t>(impl_->groups.size());
 }
 
 std::vector<at::Tensor> AdamW::params(std::int64_t group) const {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->read();
   return impl_->group(group).params;
 }
 
 const AdamWOptions& AdamW::defaults() const { return impl_->defaults; }
 
 AdamWOptions AdamW::options(std::int64_t group) const {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->read();
   return impl_->group(group).options;
 }
 
 void AdamW::set_options(std::int64_t group, const AdamWOptions& options) {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->change();
   AdamWOptions& present = impl_->group(group).options;
   check_options(options, group);
-  TORCH_CHECK_VALUE(same_storage(present, options), "amsgrad, capturable, master_weights, moment_dtype and ",
-                    "stochastic_rounding of param group ", group, " were decided when it was added");
+  TORCH_CHECK_VALUE(same_storage(present, options),
+                    "capturable, master_weights, moment_dtype and stochastic_rounding of param group ", group,
+                    " were decided when it was added");
   present = options;
+}
+
+template <class Set>
+void AdamW::Impl::set_of(std::optional<std::int64_t> index, const Set& set) {
+  if (index) group(*index);  // exists
+  const std::int64_t first = index.value_or(0);
+  const std::int64_t end = index ? first + 1 : static_cast<std::int64_t>(groups.size());
+  for (std::int64_t i = first; i < end; ++i) {
+    AdamWOptions options = groups[i].options;
+    set(options);
+    check_options(options, i);
+  }
+  for (std::int64_t i = first; i < end; ++i) set(groups[i].options);
+}
+
+void AdamW::set_lr(double lr, std::optional<std::int64_t> group) {
+  const auto turn = impl_->change();
+  impl_->set_of(group, [&](AdamWOptions& options) { options.lr = lr; });
+}
+
+void AdamW::set_weight_decay(double weight_decay, std::optional<std::int64_t> group) {
+  const auto turn = impl_->change();
+  impl_->set_of(group, [&](AdamWOptions& options) { options.weight_decay = weight_decay; });
 }
 
 void AdamW::step(const std::optional<std::vector<at::Tensor>>& grads, const at::Tensor& grad_scale,
                  const at::Tensor& found_inf) {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->change();
+  const Impl::Stepping stepping(impl_->stepping);
   const at::NoGradGuard no_grad;
   const std::size_t count = impl_->params.size();
   TORCH_CHECK_VALUE(!grads || grads->size() == count, "grads must have one tensor or None for each of the ", count,
@@ -234,7 +314,7 @@ void AdamW::step(const std::optional<std::vector<at::Tensor>>& grads, const at::
 
 void AdamW::zero_grad(bool set_to_none) {
   std::vector<at::Tensor> dropped;  // freed without the mutex: that may run code which comes back here
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->change();
   for (const at::Tensor& param : impl_->params) {
     at::Tensor& grad = param.mutable_grad();
     if (!grad.defined()) continue;
@@ -242,24 +322,30 @@ void AdamW::zero_grad(bool set_to_none) {
       dropped.push_back(std::move(grad));
       grad.reset();
     } else {
-      grad = grad.detach().zero_();
+      if (grad.grad_fn() != nullptr) {
+        grad.detach_();
+      } else {
+        grad.requires_grad_(false);
+      }
+      const at::NoGradGuard no_grad;
+      grad.zero_();
     }
   }
 }
 
 void AdamW::init_state() {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->change();
   impl_->create_states([](std::size_t) { return true; });
   impl_->stepper.reset();
 }
 
 void AdamW::sync_hyperparameters() {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->change();
   impl_->mirror.sync([&](std::int32_t group) { return hyper_of(impl_->group(group).options); });
 }
 
 AdamW::State AdamW::state() const {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->read();
   State state;
   for (std::size_t i = 0; i < impl_->places.size(); ++i) {
     const ParamState& items = impl_->places[i].state;
@@ -269,26 +355,29 @@ AdamW::State AdamW::state() const {
 }
 
 void AdamW::load_state(const State& state) {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  std::vector<ParamState> loaded;  // and then what it replaces, freed after the turn
+  const auto turn = impl_->change();
   const at::NoGradGuard no_grad;
   const std::size_t count = impl_->params.size();
   for (const auto& item : state) {
     TORCH_CHECK_VALUE(item.key() >= 0 && item.key() < static_cast<std::int64_t>(count), "loaded state has a param ",
                       item.key(), ", but there are ", count, " params");
   }
-  std::vector<ParamState> loaded(count);
+  loaded.resize(count);
   for (std::size_t i = 0; i < count; ++i) {
     const auto key = static_cast<std::int64_t>(i);
     const Impl::Place& place = impl_->places[i];
     const AdamWOptions& options = impl_->groups[place.group].options;
     if (state.contains(key)) loaded[i] = loaded_state(impl_->params[i], options, place.name, state.at(key));
   }
-  for (std::size_t i = 0; i < count; ++i) load(impl_->params[i], impl_->places[i].state, loaded[i]);
   impl_->stepper.reset();
+  for (std::size_t i = 0; i < count; ++i) {
+    if (loaded[i].exists()) load(impl_->params[i], impl_->places[i].state, loaded[i]);
+  }
 }
 
 at::Tensor AdamW::grad_norm() const {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->read();
   const bool clips = std::any_of(impl_->groups.begin(), impl_->groups.end(),
                                  [](const Impl::Group& group) { return group.options.max_grad_norm.has_value(); });
   TORCH_CHECK(clips, "grad_norm is measured only where max_grad_norm is set, but it is None in every group");
@@ -298,7 +387,7 @@ at::Tensor AdamW::grad_norm() const {
 }
 
 at::Tensor AdamW::skipped_steps() const {
-  const std::lock_guard<std::mutex> turn(impl_->mutex);
+  const auto turn = impl_->read();
   const bool on_device = !impl_->params.empty() && impl_->groups[impl_->places[0].group].options.capturable;
   return impl_->skips.on(on_device ? impl_->params[0].device() : at::Device(at::kCPU));
 }

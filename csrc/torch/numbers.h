@@ -22,8 +22,11 @@ class DeviceNumbers {
     at::Tensor& number = numbers_[{device.type(), device.index(), place}];
     const bool usable =
         number.defined() && number.scalar_type() == dtype_ && number.device() == device && holds_number(number);
-    if (!usable) number = make_persistent({}, dtype_, device);
-    return number;
+    if (usable && is_plain(*number.unsafeGetTensorImpl())) return number;
+    const at::Tensor made = make_persistent({}, dtype_, device);
+    TORCH_CHECK(is_plain(*made.unsafeGetTensorImpl()),
+                "numbers of an optimizer cannot be made: a mode that is switched on makes tensors without memory");
+    return number = made;
   }
 
  private:

@@ -4,8 +4,10 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
 
 #include <cmath>
+#include <utility>
 
 #include "masters.h"
 #include "memory.h"
@@ -56,11 +58,19 @@ at::Tensor step_tensor(const at::Tensor& param, const AdamWOptions& options) {
   return at::zeros({}, at::device(options.capturable ? param.device() : at::Device(at::kCPU)).dtype(at::kFloat));
 }
 
-// A bfloat16 param that shows its master rounded half to even, as others round, is made to show what a kernel would.
-void show(const at::Tensor& param, const at::Tensor& master) {
+// A bfloat16 param that shows its master rounded half to even, as others round, is to show what a kernel would.
+at::Tensor shown_of(const at::Tensor& param, const at::Tensor& master) {
   const at::Tensor high = std::get<0>(split_master(master)).to(param.device());
   const at::Tensor rounded = master.to(param.device(), param.scalar_type());
-  param.detach().copy_(at::where(param.detach().eq(rounded), high, param.detach()));
+  return at::where(param.detach().eq(rounded), high, param.detach());
+}
+
+bool may_write(const at::Tensor& tensor) { return !tensor.is_inference() || c10::InferenceMode::is_enabled(); }
+
+at::Tensor new_master(const at::Tensor& param, Master kind, const std::string& name) {
+  check_within_storage(*param.unsafeGetTensorImpl(), name);
+  if (kind == Master::float32) return laid_out_as(param, at::kFloat, param.detach());
+  return at::zeros_like(param, param.options().dtype(at::kShort).requires_grad(false), at::MemoryFormat::Preserve);
 }
 
 }  // namespace
@@ -80,11 +90,9 @@ ParamState new_state(const at::Tensor& param, const AdamWOptions& options, const
   const at::ScalarType dtype = moment_dtype(param, options, master, name, param.scalar_type());
   ParamState state{step_tensor(param, options), zeros(dtype), zeros(dtype), {}, {}};
   if (options.amsgrad) state.max_exp_avg_sq = zeros(dtype);
-  if (master == Master::remainder) state.master = zeros(at::kShort);
-  if (master == Master::float32) {
-    check_within_storage(*param.unsafeGetTensorImpl(), name);
-    state.master = laid_out_as(param, at::kFloat, param.detach());
-  }
+  if (master != Master::none) state.master = new_master(param, master, name);
+  TORCH_CHECK(is_plain(*state.exp_avg.unsafeGetTensorImpl()) || !is_plain(*param.unsafeGetTensorImpl()),
+              "the state of ", name, " cannot be created: a mode that is switched on makes tensors without memory");
   return state;
 }
 
@@ -105,8 +113,8 @@ ParamState loaded_state(const at::Tensor& param, const AdamWOptions& options, co
   const at::Tensor step = find("step");
   if (!step.defined() || !holds_number(step) || step.is_complex()) refuse("step", "a whole number of updates", step);
   const double done = step.item().toDouble();
-  TORCH_CHECK_VALUE(done >= 0.0 && done == std::floor(done), "loaded state 'step' of ", name,
-                    " must be a whole number of updates, but is ", done);
+  TORCH_CHECK_VALUE(done >= 0.0 && done == std::floor(done) && done < 9007199254740992.0, "loaded state 'step' of ",
+                    name, " must be a whole number of updates, but is ", done);
   state.step = step_tensor(param, options).fill_(done);
   const auto load_moment = [&](const char* key) {
     const at::Tensor moment = find(key);
@@ -132,21 +140,24 @@ ParamState loaded_state(const at::Tensor& param, const AdamWOptions& options, co
   const at::ScalarType dtype = master == Master::float32 ? at::kFloat : at::kShort;
   if (!fits(value) || value.scalar_type() != dtype) refuse(key, "of the param's shape and " + dtype_name(dtype), value);
   state.master = laid_out_as(param, dtype, value);
+  if (master == Master::float32 && param.scalar_type() == at::kBFloat16) {
+    TORCH_CHECK(may_write(param), name, " is an inference tensor, which cannot be updated outside InferenceMode");
+    state.param = shown_of(param, value);
+  }
   return state;
 }
 
-void load(const at::Tensor& param, ParamState& to, const ParamState& from) {
-  const bool is_whole = from.master.defined() && from.master.scalar_type() == at::kFloat;
-  if (is_whole && param.scalar_type() == at::kBFloat16) show(param, from.master);
-  const auto write = [](at::Tensor& into, const at::Tensor& value) {
+void load(const at::Tensor& param, ParamState& to, ParamState& from) {
+  if (from.param.defined()) param.detach().copy_(from.param);
+  const auto write = [](at::Tensor& into, at::Tensor& value) {
     const bool fits = into.defined() && value.defined() && into.sizes() == value.sizes() &&
                       into.strides() == value.strides() && into.scalar_type() == value.scalar_type() &&
-                      into.device() == value.device() && is_plain(*into.unsafeGetTensorImpl()) &&
+                      into.device() == value.device() && is_plain(*into.unsafeGetTensorImpl()) && may_write(into) &&
                       run_within_storage(*into.unsafeGetTensorImpl());
     if (fits) {
       into.copy_(value);
     } else {
-      into = value;
+      std::swap(into, value);
     }
   };
   write(to.step, from.step);
@@ -154,6 +165,21 @@ void load(const at::Tensor& param, ParamState& to, const ParamState& from) {
   write(to.exp_avg_sq, from.exp_avg_sq);
   write(to.max_exp_avg_sq, from.max_exp_avg_sq);
   write(to.master, from.master);
+}
+
+void conform(const at::Tensor& param, const AdamWOptions& options, const std::string& name, ParamState& state) {
+  const Master master = master_kind(param, options, name);
+  if (master != Master::none && !state.master.defined()) state.master = new_master(param, master, name);
+  if (!is_dense(*param.unsafeGetTensorImpl())) return;
+  const Layout layout(*param.unsafeGetTensorImpl());
+  for (at::Tensor* tensor : {&state.exp_avg, &state.exp_avg_sq, &state.max_exp_avg_sq, &state.master}) {
+    const bool is_laid_out = !tensor->defined() || tensor->sizes() != param.sizes() ||
+                             !is_plain(*tensor->unsafeGetTensorImpl()) ||
+                             layout.matches(*tensor->unsafeGetTensorImpl());
+    if (is_laid_out) continue;
+    check_within_storage(*tensor->unsafeGetTensorImpl(), "the state of " + name);
+    *tensor = laid_out_as(param, tensor->scalar_type(), *tensor);
+  }
 }
 
 StateDict shown(const ParamState& state) {

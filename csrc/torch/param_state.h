@@ -16,6 +16,7 @@ using StateDict = c10::Dict<std::string, at::Tensor>;
 
 struct ParamState {
   at::Tensor step, exp_avg, exp_avg_sq, max_exp_avg_sq, master;  // undefined where there is none
+  at::Tensor param;  // of a loaded state: what the param is to become, where its master says so
 
   bool exists() const { return step.defined(); }
 };
@@ -31,8 +32,12 @@ ParamState new_state(const at::Tensor& param, const AdamWOptions& options, const
 ParamState loaded_state(const at::Tensor& param, const AdamWOptions& options, const std::string& name,
                         const StateDict& loaded);
 
-// Writes what loaded_state returned into the tensors of `to` that fit, and takes the others over.
-void load(const at::Tensor& param, ParamState& to, const ParamState& from);
+// Writes what loaded_state returned into the tensors of `to` that fit, and exchanges the others.
+void load(const at::Tensor& param, ParamState& to, ParamState& from);
+
+// Brings the state of a param that was moved into the form that the kernel takes: laid out as the param, with a master
+// where its dtype now needs one. Other shapes and dtypes are left for the kernel's checks to refuse.
+void conform(const at::Tensor& param, const AdamWOptions& options, const std::string& name, ParamState& state);
 
 StateDict shown(const ParamState& state);
 

@@ -8,7 +8,6 @@
 #include <map>
 #include <mutex>
 #include <random>
-#include <set>
 
 #include "memory.h"
 
@@ -54,6 +53,8 @@ class GroupReader {
     });
     read("moment_dtype", [&](const c10::IValue& value) {
       check(value.isNone() || value.isInt(), "moment_dtype", "a dtype or None", value);
+      constexpr auto count = static_cast<std::int64_t>(at::ScalarType::NumOptions);
+      check(value.isNone() || (value.toInt() >= 0 && value.toInt() < count), "moment_dtype", "a dtype or None", value);
       options_.moment_dtype = value.isNone() ? std::optional<at::ScalarType>() : value.toScalarType();
     });
     return options_;
@@ -95,31 +96,27 @@ class GroupReader {
   AdamWOptions options_;
 };
 
-void check_keys(const Group& group) {
-  static const std::set<std::string> known{
-      "params", "param_names", "lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "capturable",
-      "max_grad_norm", "seed", "master_weights", "moment_dtype", "stochastic_rounding",
-      // of torch's groups, without a meaning here
-      "foreach", "fused", "differentiable", "decoupled_weight_decay", "initial_lr"};
-  for (const auto& item : group) {
-    TORCH_CHECK_VALUE(known.count(item.key()) != 0, "a param group has an unknown option '", item.key(), "'");
-  }
-  TORCH_CHECK_VALUE(
-      !group.contains("differentiable") || !group.at("differentiable").isBool() || !group.at("differentiable").toBool(),
-      "differentiable=True is offered by Python's adamw_ext.AdamW alone");
-}
-
 std::vector<at::Tensor> params_of(const Group& group) {
   TORCH_CHECK_VALUE(group.contains("params"), "a param group must have 'params'");
   const c10::IValue params = group.at("params");
   if (params.isTensor()) return {params.toTensor()};
+  if (params.isTuple()) {
+    std::vector<at::Tensor> list;
+    for (const c10::IValue& param : params.toTupleRef().elements()) {
+      TORCH_CHECK_TYPE(param.isTensor(), "'params' of a group must hold tensors, but holds a ", param.tagKind());
+      list.push_back(param.toTensor());
+    }
+    return list;
+  }
   TORCH_CHECK_TYPE(params.isTensorList(), "'params' of a group must be a tensor or a list of tensors, but is a ",
                    params.tagKind());
   return params.toTensorVector();
 }
 
 void add_group(const Self& self, const Group& group) {
-  check_keys(group);
+  const bool is_differentiable =
+      group.contains("differentiable") && group.at("differentiable").isBool() && group.at("differentiable").toBool();
+  TORCH_CHECK_VALUE(!is_differentiable, "differentiable=True is offered by Python's adamw_ext.AdamW alone");
   self->add_param_group(params_of(group), GroupReader(group, self->defaults()).with_storage());
 }
 
@@ -200,16 +197,6 @@ void load_state_dict(const Self& self, const AdamW::State& state, const c10::Lis
     throw;
   }
   self->sync_hyperparameters();
-}
-
-// One group's number, or all groups'.
-template <class Set>
-void set_all(const Self& self, std::optional<std::int64_t> group, const Set& set) {
-  for (std::int64_t i = group.value_or(0); i < (group ? *group + 1 : self->group_count()); ++i) {
-    AdamWOptions options = self->options(i);
-    set(options);
-    self->set_options(i, options);
-  }
 }
 
 std::vector<at::Tensor> all_params(const Self& self) {
@@ -342,16 +329,13 @@ TORCH_LIBRARY_FRAGMENT(adamw_ext, library) {
       .def("params", &all_params)
       .def("get_lr", [](const Self& self, std::int64_t group) { return self->options(group).lr; }, "",
            {torch::arg("group") = std::int64_t(0)})
-      .def("set_lr",
-           [](const Self& self, double lr, std::optional<std::int64_t> group) {
-             set_all(self, group, [&](AdamWOptions& options) { options.lr = lr; });
-           },
+      .def("set_lr", [](const Self& self, double lr, std::optional<std::int64_t> group) { self->set_lr(lr, group); },
            "", {torch::arg("lr"), torch::arg("group") = torch::arg::none()})
       .def("get_weight_decay", [](const Self& self, std::int64_t group) { return self->options(group).weight_decay; },
            "", {torch::arg("group") = std::int64_t(0)})
       .def("set_weight_decay",
-           [](const Self& self, double weight_decay, std::optional<std::int64_t> group) {
-             set_all(self, group, [&](AdamWOptions& options) { options.weight_decay = weight_decay; });
+           [](const Self& self, double value, std::optional<std::int64_t> group) {
+             self->set_weight_decay(value, group);
            },
            "", {torch::arg("weight_decay"), torch::arg("group") = torch::arg::none()})
       .def("grad_norm", [](const Self& self) { return self->grad_norm(); })

@@ -3,7 +3,7 @@
 //
 // It updates its params to the bits of Python's adamw_ext.AdamW with the same options. Only params that a hand-written
 // kernel of this build takes: strided tensors on the CPU or, in a build for CUDA, on CUDA devices. Threads that call
-// one object take turns.
+// one object take turns; what a step itself calls (a dispatch mode, say) may read it but not change it.
 //
 // Every function throws c10::Error (c10::ValueError for an unusable number) before it changes anything, and says what
 // was expected and what came.
@@ -58,9 +58,14 @@ class ADAMW_EXT_API AdamW : public torch::CustomClassHolder {
   // What a group has where it says nothing.
   const AdamWOptions& defaults() const;
 
-  // A group's options, and others in their place. Only numbers and maximize may change once there is a state.
+  // A group's options, and others in their place: with other numbers, maximize and amsgrad, but the same capturable,
+  // master_weights, moment_dtype and stochastic_rounding.
   AdamWOptions options(std::int64_t group) const;
   void set_options(std::int64_t group, const AdamWOptions& options);
+
+  // Of one group, or of all.
+  void set_lr(double lr, std::optional<std::int64_t> group = {});
+  void set_weight_decay(double weight_decay, std::optional<std::int64_t> group = {});
 
   // Updates every param that has a gradient, all or none. grads: one for each param of all groups, undefined for none;
   // without it, each param's own .grad. grad_scale, found_inf: 1 element, or undefined, as a gradient scaler has them.
