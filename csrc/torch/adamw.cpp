@@ -130,6 +130,12 @@ struct AdamW::Impl {
     return grads.empty() ? params[index].grad() : grads[index];
   }
 
+  // Whether what is done to the param now becomes part of a graph, and is done again by every replay.
+  bool is_captured(std::size_t index) const {
+    const at::Device device = params[index].device();
+    return has_kernels(device.type()) && make_executor(device)->is_capturing();
+  }
+
   // Creates missing state; `wanted(i)` says of which params. Returns whose.
   template <class Wanted>
   std::vector<std::size_t> create_states(const Wanted& wanted) {
@@ -138,9 +144,8 @@ struct AdamW::Impl {
       for (std::size_t i = 0; i < places.size(); ++i) {
         if (places[i].state.exists() || !wanted(i)) continue;
         const AdamWOptions& options = groups[places[i].group].options;
-        TORCH_CHECK(!options.capturable || !has_kernels(params[i].device().type()) ||
-                        !make_executor(params[i].device())->is_capturing(),
-                    places[i].name, " has no state yet: call init_state() before the step is captured");
+        TORCH_CHECK(!is_captured(i), places[i].name,
+                    " has no state yet: call init_state() before the step is captured");
         places[i].state = new_state(params[i], options, places[i].name);
         created.push_back(i);
       }
@@ -222,7 +227,8 @@ struct AdamW::Impl {
     stepper.reset();
     for (std::size_t i = 0; i < places.size(); ++i) {
       Place& place = places[i];
-      if (place.state.exists()) conform(params[i], groups[place.group].options, place.name, place.state);
+      if (!place.state.exists() || is_captured(i)) continue;
+      conform(params[i], groups[place.group].options, place.name, place.state);
     }
     const std::vector<std::size_t> created = create_states([&](std::size_t i) { return grad_of(i, grads).defined(); });
     try {
