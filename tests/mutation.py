@@ -477,7 +477,8 @@ def main() -> int:
         for fault in faults:
             begin = time.monotonic()
             results.append((fault.name, seed(copy, fault, original)))
-            print(f"{time.monotonic() - begin:4.0f} s  {fault.name}", flush=True)
+            killer = results[-1][1] or "NOTHING"
+            print(f"{time.monotonic() - begin:4.0f} s  {fault.name}: {killer}", flush=True)
 
     width = max(len(name) for name, _ in results)
     print(f"\n{'fault':{width}}  killed by")
