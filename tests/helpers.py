@@ -169,3 +169,25 @@ class Captured:
 
     def replay(self) -> None:
         self._replay()
+
+
+class Trained(torch.nn.Module):
+    """A small model that holds its optimizer and steps itself, for scripts."""
+
+    def __init__(self, dtype: torch.dtype, options: dict[str, object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(4, 9, dtype=dtype)
+        self.second = torch.nn.Linear(9, 1, dtype=dtype)
+        self.optimizer = torch.classes.adamw_ext.AdamW(list(self.parameters()), lr=0.1, **options)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(inputs)))
+
+    @torch.jit.export
+    def train_step(self, inputs: Tensor) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self(inputs).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()

@@ -14,6 +14,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 import adamw_ext
 from adamw_ext import AdamW
+from tests.helpers import Trained
 
 SOURCE = Path(__file__).parent / "libtorch" / "train.cpp"
 
@@ -22,28 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is (deprecated|not supported):DeprecationWarning"),
     pytest.mark.skipif(shutil.which("g++") is None or sys.platform != "linux", reason="needs g++ on Linux"),
 ]
-
-
-class Trained(torch.nn.Module):
-    """A model that steps itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Linear(8, 33)
-        self.second = torch.nn.Linear(33, 1)
-        self.optimizer = torch.classes.adamw_ext.AdamW(list(self.parameters()), lr=0.1, weight_decay=0.2)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(inputs)))
-
-    @torch.jit.export
-    def train_step(self, inputs: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self(inputs).square().mean()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
 
 
 def cuda_runtime_folders() -> set[str]:
@@ -69,7 +48,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[torch.jit.ScriptModule, Tensor, Path]:
     """A scripted model that has made two steps, its inputs, and the folder where both are saved."""
-    model, inputs = torch.jit.script(Trained()), torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
+    model, inputs = (
+        torch.jit.script(Trained(torch.float32, {"weight_decay": 0.2})),
+        torch.randn(16, 4, generator=torch.Generator().manual_seed(1)),
+    )
     for _ in range(2):
         model.train_step(inputs)
     torch.jit.save(model, tmp_path / "model.pt")

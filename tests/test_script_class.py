@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import adamw_ext
+from tests.helpers import Trained
 
 # TorchScript's own deprecation, and no other warning.
 pytestmark = [
@@ -229,28 +230,6 @@ def test_loading_from_its_own_tensors_under_other_keys():
     expected = {i: {key: value.clone() for key, value in state[1 - i].items()} for i in state}
     script.load_state_dict({0: state[1], 1: state[0]}, script.param_groups())
     assert_same_state(script.state(), expected)
-
-
-class Trained(torch.nn.Module):
-    """A model that steps itself."""
-
-    def __init__(self, dtype: torch.dtype, options: dict[str, Any]) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = torch.nn.Linear(4, 9, dtype=dtype)
-        self.second = torch.nn.Linear(9, 1, dtype=dtype)
-        self.optimizer = ScriptAdamW(list(self.parameters()), lr=0.1, **options)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.second(torch.relu(self.first(inputs)))
-
-    @torch.jit.export
-    def train_step(self, inputs: Tensor) -> Tensor:
-        self.optimizer.zero_grad()
-        loss = self(inputs).square().mean()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
 
 
 REAL_MODES = [mode for mode, (dtype, _) in MODES.items() if not dtype.is_complex and dtype != torch.float16]
