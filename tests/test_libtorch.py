@@ -48,10 +48,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[torch.jit.ScriptModule, Tensor, Path]:
     """A scripted model that has made two steps, its inputs, and the folder where both are saved."""
-    model, inputs = (
-        torch.jit.script(Trained(torch.float32, {"weight_decay": 0.2})),
-        torch.randn(16, 4, generator=torch.Generator().manual_seed(1)),
-    )
+    model = torch.jit.script(Trained(torch.float32, {"weight_decay": 0.2}))
+    inputs = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
     for _ in range(2):
         model.train_step(inputs)
     torch.jit.save(model, tmp_path / "model.pt")
