@@ -37,9 +37,8 @@ CUDA_COPY  := out/cuda-build
 
 $(CUDA_VENV)/installed: Makefile
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=68" "pytest>=8" "pytest-xdist>=3.5" "hypothesis>=6.100" \
-		"tqdm>=4.60" \
-		"nvidia-cuda-cuobjdump>=13,<14" "nvidia-cuda-nvdisasm>=13,<14"
+	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=68" "pytest>=8" "pytest-xdist>=3.5" \
+		"hypothesis>=6.100" "tqdm>=4.60" "nvidia-cuda-cuobjdump>=13,<14" "nvidia-cuda-nvdisasm>=13,<14"
 	touch $@
 
 test-cuda-build: $(CUDA_VENV)/installed

@@ -4,16 +4,14 @@ Beside streaming_floor.py, whose four streams are of equal size, for modes that 
 """
 
 import ctypes
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from benchmarks.host_library import compile_library
 
 PIECE_BYTES = 64 * 1024  # of the largest stream
 BLOCK_ELEMENTS = 64  # the time is the same with 128; streaming_floor.py takes as long over streams of equal size
@@ -21,19 +19,6 @@ BLOCK_ELEMENTS = 64  # the time is the same with 128; streaming_floor.py takes a
 
 class Stream(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("bytes", "block", "is_written")))
-
-
-@cache
-def compiled() -> Any:
-    compiler = os.environ.get("CXX", "c++")
-    source = Path(__file__).with_suffix(".cpp")
-    with tempfile.TemporaryDirectory() as folder:
-        built, library = f"{folder}/floor.o", f"{folder}/floor.so"
-        flags = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp"]
-        subprocess.run([compiler, *flags, "-c", str(source), "-o", built], check=True)
-        # Not linked with OpenMP: the symbols bind to the runtime that torch has loaded, whose threads all share.
-        subprocess.run([compiler, "-shared", built, "-o", library], check=True)
-        return ctypes.CDLL(library).buffers_floor
 
 
 def buffers_floor(rows: Sequence[Sequence[tuple[Tensor, bool]]]) -> Callable[..., None]:
@@ -60,7 +45,7 @@ def buffers_floor(rows: Sequence[Sequence[tuple[Tensor, bool]]]) -> Callable[...
         ctypes.c_int64(per_turn),
         ctypes.c_int(min(-(-pieces // per_turn), torch.get_num_threads())),
     )
-    function = compiled()
+    function = compile_library(Path(__file__).with_suffix(".cpp")).buffers_floor
 
     def step(mask: int = 0, _alive: Any = rows) -> None:
         function(*arguments, ctypes.c_uint64(mask))

@@ -1,36 +1,20 @@
 """Compiles streaming_floor.cpp for this machine and calls it: the least time that a step's memory traffic takes."""
 
 import ctypes
-import os
-import subprocess
-import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.host_library import compile_library
+
 SEGMENT_BYTES = 64 * 1024  # per stream; the time is the same from 16 KiB to 4 MiB
 
 
 class Segment(ctypes.Structure):
     _fields_ = [(stream, ctypes.c_void_p) for stream in "pgmv"] + [("bytes", ctypes.c_int64)]
-
-
-@cache
-def compiled() -> Any:
-    compiler = os.environ.get("CXX", "c++")
-    source = Path(__file__).with_suffix(".cpp")
-    with tempfile.TemporaryDirectory() as folder:
-        built, library = f"{folder}/floor.o", f"{folder}/floor.so"
-        flags = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp"]
-        subprocess.run([compiler, *flags, "-c", str(source), "-o", built], check=True)
-        # Not linked with OpenMP: the symbols bind to the runtime that torch has loaded, so that all peers share its
-        # threads.
-        subprocess.run([compiler, "-shared", built, "-o", library], check=True)
-        return ctypes.CDLL(library).streaming_floor
 
 
 def streaming_floor(params: list[Tensor]) -> Callable[[], None]:
@@ -53,7 +37,7 @@ def streaming_floor(params: list[Tensor]) -> Callable[[], None]:
         ctypes.c_int(min(turns, torch.get_num_threads())),
         ctypes.c_uint64(0),
     )
-    function = compiled()
+    function = compile_library(Path(__file__).with_suffix(".cpp")).streaming_floor
 
     def step(_alive: Any = moments) -> None:
         function(*arguments)

@@ -7,7 +7,6 @@
 #include <mutex>
 #include <set>
 
-#include "masters.h"
 #include "param_state.h"
 #include "stepper.h"
 

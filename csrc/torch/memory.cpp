@@ -67,6 +67,11 @@ void check_within_storage(const c10::TensorImpl& tensor, const std::string& name
               " bytes: it was freed or resized");
 }
 
+void check_has_memory(const at::Tensor& made, const std::string& what) {
+  TORCH_CHECK(is_plain(*made.unsafeGetTensorImpl()), what,
+              " cannot be made: a mode that is switched on makes tensors without memory");
+}
+
 bool holds_number(const at::Tensor& tensor) {
   if (tensor.numel() != 1 || tensor.is_meta() || tensor.layout() != c10::kStrided) return false;
   return !is_plain(*tensor.unsafeGetTensorImpl()) || run_within_storage(*tensor.unsafeGetTensorImpl());

@@ -87,6 +87,10 @@ inline bool run_within_storage(const c10::TensorImpl& tensor) {
 // Throws unless the tensor's storage holds all of its elements, whatever its strides. `name` opens the message.
 void check_within_storage(const c10::TensorImpl& tensor, const std::string& name);
 
+// Throws unless a tensor that was made for a plain one is plain: modes such as FakeTensorMode make others. `what` opens
+// the message.
+ADAMW_EXT_API void check_has_memory(const at::Tensor& made, const std::string& what);
+
 // Whether the tensor is one element that can be read.
 ADAMW_EXT_API bool holds_number(const at::Tensor& tensor);
 

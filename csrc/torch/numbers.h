@@ -24,8 +24,7 @@ class DeviceNumbers {
         number.defined() && number.scalar_type() == dtype_ && number.device() == device && holds_number(number);
     if (usable && is_plain(*number.unsafeGetTensorImpl())) return number;
     const at::Tensor made = make_persistent({}, dtype_, device);
-    TORCH_CHECK(is_plain(*made.unsafeGetTensorImpl()),
-                "numbers of an optimizer cannot be made: a mode that is switched on makes tensors without memory");
+    check_has_memory(made, "numbers of an optimizer");
     return number = made;
   }
 

@@ -6,7 +6,6 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 
-#include <cmath>
 #include <utility>
 
 #include "masters.h"
@@ -45,10 +44,9 @@ at::ScalarType moment_dtype(const at::Tensor& param, const AdamWOptions& options
                             const std::string& name, at::ScalarType loaded) {
   if (!options.moment_dtype) return has_kernel(param, loaded, options, master) ? loaded : param.scalar_type();
   const at::ScalarType wanted = *options.moment_dtype;
-  const bool usable = wanted == at::kFloat || wanted == at::kBFloat16;
   const bool complex = param.is_complex() && wanted == at::kFloat;
   const at::ScalarType dtype = complex ? at::kComplexFloat : wanted;
-  TORCH_CHECK_VALUE(usable && (dtype == param.scalar_type() || has_kernel(param, dtype, options, master)),
+  TORCH_CHECK_VALUE(dtype == param.scalar_type() || has_kernel(param, dtype, options, master),
                     "moment_dtype=", dtype_name(wanted), " has no kernel for ", name, ", which has ",
                     describe(*param.unsafeGetTensorImpl()));
   return dtype;
@@ -91,8 +89,7 @@ ParamState new_state(const at::Tensor& param, const AdamWOptions& options, const
   ParamState state{step_tensor(param, options), zeros(dtype), zeros(dtype), {}, {}};
   if (options.amsgrad) state.max_exp_avg_sq = zeros(dtype);
   if (master != Master::none) state.master = new_master(param, master, name);
-  TORCH_CHECK(is_plain(*state.exp_avg.unsafeGetTensorImpl()) || !is_plain(*param.unsafeGetTensorImpl()),
-              "the state of ", name, " cannot be created: a mode that is switched on makes tensors without memory");
+  if (is_plain(*param.unsafeGetTensorImpl())) check_has_memory(state.exp_avg, "the state of " + name);
   return state;
 }
 
@@ -113,8 +110,8 @@ ParamState loaded_state(const at::Tensor& param, const AdamWOptions& options, co
   const at::Tensor step = find("step");
   if (!step.defined() || !holds_number(step) || step.is_complex()) refuse("step", "a whole number of updates", step);
   const double done = step.item().toDouble();
-  TORCH_CHECK_VALUE(done >= 0.0 && done == std::floor(done) && done < 9007199254740992.0, "loaded state 'step' of ",
-                    name, " must be a whole number of updates, but is ", done);
+  TORCH_CHECK_VALUE(is_step_count(done), "loaded state 'step' of ", name, " must be a whole number of updates, but is ",
+                    done);
   state.step = step_tensor(param, options).fill_(done);
   const auto load_moment = [&](const char* key) {
     const at::Tensor moment = find(key);

@@ -235,6 +235,7 @@ class SavedOptimizers {
   std::vector<std::int64_t> number_of(const Self& self) {
     const std::lock_guard<std::mutex> turn(mutex_);
     for (auto entry = optimizers_.begin(); entry != optimizers_.end();) {
+      if (entry->second.lock() == self) return {process_, entry->first};
       entry = entry->second.expired() ? optimizers_.erase(entry) : std::next(entry);
     }
     optimizers_.emplace(++last_, self);

@@ -294,8 +294,7 @@ std::int32_t Stepper::scalars_for(std::size_t index, const GroupOptions& options
 void* Stepper::stage(const Layout& layout, const at::Tensor& original, bool write_back) {
   const at::NoGradGuard no_grad;
   at::Tensor copy = at::empty_strided(layout.sizes(), layout.strides(), original.options());
-  TORCH_CHECK(is_plain(*copy.unsafeGetTensorImpl()),
-              "a step cannot be made: a mode that is switched on makes tensors without memory");
+  check_has_memory(copy, "a step");
   copy.copy_(original);
   staged_.push_back({original, copy, write_back});
   return mutable_data(*copy.unsafeGetTensorImpl());

@@ -15,6 +15,7 @@
 #include <ATen/core/Tensor.h>
 #include <adamw_ext/export.h>
 
+#include <cmath>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -208,6 +209,9 @@ ADAMW_EXT_API Hyper read_on_host(const GroupOptions& options);
 
 // Whether a param of this dtype has a master beside it, where its group asks for one: a wider one is its own.
 inline bool needs_master(c10::ScalarType dtype) { return dtype == c10::kBFloat16 || dtype == c10::kHalf; }
+
+// Whether a state's `step` may be this: a whole number of updates, small enough to count on from.
+inline bool is_step_count(double done) { return done >= 0.0 && done == std::floor(done) && done < 9007199254740992.0; }
 
 // Throws torch's ValueErrors unless every hyperparameter is usable. group: for the message, -1 for none.
 ADAMW_EXT_API void check_hyper(const Hyper& hyper, std::int64_t group);

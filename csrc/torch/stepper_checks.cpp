@@ -2,8 +2,6 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/InferenceMode.h>
 
-#include <cmath>
-
 #include "overlap.h"
 #include "stepper.h"
 
@@ -151,8 +149,8 @@ void Stepper::check_grad_dtype(std::size_t index, const c10::TensorImpl& grad) {
 
 void Stepper::check_step(std::size_t index) const {
   const double done = *slots_[index].steps_done;
-  TORCH_CHECK(done >= 0.0 && done == std::floor(done) && done < 9007199254740992.0, "state 'step' of ", names_[index],
-              " must be a whole number of updates, but is ", done);
+  TORCH_CHECK(is_step_count(done), "state 'step' of ", names_[index], " must be a whole number of updates, but is ",
+              done);
 }
 
 }  // namespace adamw_ext
