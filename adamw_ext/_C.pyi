@@ -1,6 +1,9 @@
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+from adamw_ext.sharded import Member
 
 built_with_torch: str
 compiler: str
@@ -22,8 +25,8 @@ class DeviceNumbers:
 class Stepper:
     """The tensor table over one optimizer's params and state; see csrc/torch/stepper.h.
 
-    ``members`` are tuples (param, its state dict or None, group index, name for messages, number of the param in the
-    optimizer, number of its first element in the whole param).
+    ``place_grad(param, grad)`` places the gradient of a DTensor as the param; ``complete_sum(number, part)`` adds up a
+    sum of squares over processes; see adamw_ext/sharded.py.
     """
 
     units_per_chunk: int
@@ -32,10 +35,12 @@ class Stepper:
         self,
         param_groups: list[dict[str, Any]],
         state: dict[Any, Any],
-        members: list[tuple[Tensor, dict[str, Any] | None, int, str, int, int]],
+        members: list[Member],
         mirror: HyperMirror,
         skips: DeviceNumbers,
         norms: DeviceNumbers,
+        place_grad: Callable[[Tensor, Tensor], Tensor],
+        complete_sum: Callable[[int, Tensor], Tensor],
     ) -> None: ...
     def step(
         self,

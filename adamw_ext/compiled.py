@@ -20,6 +20,7 @@ from torch import Tensor
 
 from adamw_ext import _C
 from adamw_ext.numbered import numbered
+from adamw_ext.sharded import is_sharded
 from adamw_ext.state import runs_in_kernel
 
 if TYPE_CHECKING:
@@ -78,7 +79,9 @@ def look_at_params(number: str) -> bool:
     if not are_same(params, optimizer._traced_params):
         optimizer._traced_params = params
         optimizer._trace = f"{number}.{next(_trace_count)}"
-    return not any(group.get("differentiable") for group in optimizer.param_groups) and all(map(runs_in_kernel, params))
+    return not any(group.get("differentiable") for group in optimizer.param_groups) and all(
+        runs_in_kernel(param) and not is_sharded(param) for param in params
+    )
 
 
 @torch.compiler.disable(  # type: ignore[misc]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adamw_ext import _C
 from adamw_ext.numbered import take_number
+from adamw_ext.sharded import Member, SumsOfSquares, check_placement, elements_of, place_grad
 from adamw_ext.state import (
     Carried,
     StateLoad,
@@ -331,7 +332,9 @@ class AdamW(torch.optim.AdamW):
             raise
 
     def _make_stepper(self, created: list[Tensor], given: "Given | None" = None) -> _C.Stepper:
-        members: list[tuple[Tensor, dict[str, Any] | None, int, str, int, int]] = []
+        members: list[Member] = []
+        sums = SumsOfSquares()
+        clips = any(group.get("max_grad_norm") is not None for group in self.param_groups)
         number = -1  # of the param in this optimizer
         self._elsewhere = []
         capturing = _C.cuda_kernels and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
@@ -344,6 +347,7 @@ class AdamW(torch.optim.AdamW):
                 if group["differentiable"] or not runs_in_kernel(param):
                     elsewhere.append(param)
                     continue
+                check_placement(param, name)
                 state = self.state.get(param)
                 if not isinstance(state, (dict, NoneType)):
                     raise TypeError(f"state of {name} must be a dict, but is {state!r}")
@@ -357,11 +361,15 @@ class AdamW(torch.optim.AdamW):
                     created.append(param)
                     state = self.state[param] = new_state(target, group)
                 is_left_out = capturing and not has_grad  # its state may still have to be converted
-                members.append((target, None if is_left_out else state or None, index, name, number, 0))
+                first, places = elements_of(param, name) if group.get("stochastic_rounding") else (0, None)
+                part_of_sum = sums.number_of(param) if clips else 0
+                present = None if is_left_out else state or None
+                members.append(Member(target, present, index, name, number, first, places, part_of_sum))
             if elsewhere:
                 self._elsewhere.append((index, elsewhere))
         self._check_elsewhere(given)
-        return _C.Stepper(self.param_groups, self.state, members, self._mirror, self._skips, self._sums_of_squares)
+        numbers = (self._mirror, self._skips, self._sums_of_squares)
+        return _C.Stepper(self.param_groups, self.state, members, *numbers, place_grad, sums.complete)
 
     def _check_elsewhere(self, given: "Given | None") -> None:
         """Refuse a step that torch's functional AdamW would refuse after other params have moved, or cannot clip, or

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adamw_ext import _C
+from adamw_ext.sharded import describe as describe_sharded
+from adamw_ext.sharded import is_sharded, like, part, part_of_loaded, parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTERS = {"master_param": torch.float32, "param_remainder": torch.int16}
@@ -28,7 +30,8 @@ _COMBINATIONS = {(getattr(torch, param), getattr(torch, moments)) for param, mom
 
 def runs_in_kernel(param: Tensor) -> bool:
     """Whether a hand-written kernel updates this param: strided memory of the CPU, or of a CUDA device where this build
-    has kernels for it, that belongs to no tensor subclass."""
+    has kernels for it, that belongs to no tensor subclass, or is the part of a DTensor in this process."""
+    param = part(param)
     return (
         param.device.type in _KERNEL_DEVICES
         and param.layout == torch.strided
@@ -38,17 +41,17 @@ def runs_in_kernel(param: Tensor) -> bool:
 
 
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Zeros, in the param's own memory layout."""
+    """Zeros, in the param's own memory layout, and placed as it is."""
     dtype = wanted_moment_dtype(param, group) or param.dtype
-    keys = MOMENTS if group["amsgrad"] else MOMENTS[:2]
-    moments = {
-        key: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-        for key in keys
+    own = part(param)
+    made = {
+        key: torch.zeros_like(own, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+        for key in (MOMENTS if group["amsgrad"] else MOMENTS[:2])
     }
-    state = {"step": torch.zeros((), dtype=torch.float32, device=_step_device(param, group)), **moments}
     if key := wanted_master(param, group):
-        state[key] = new_master(param, key)
-    return state
+        made[key] = new_master(own, key)
+    step = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))
+    return {"step": step, **{key: like(param, value) for key, value in made.items()}}
 
 
 def wanted_master(param: Tensor, group: dict[str, Any]) -> str | None:
@@ -101,6 +104,7 @@ def wanted_moment_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype | N
 
 def misfits(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list[str]:
     """The keys that :func:`conform_state` would replace."""
+    param, state = part(param), parts(state)
     step = state.get("step")
     wanted = (torch.float32, 0, _step_device(param, group))
     fits = isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == wanted
@@ -123,14 +127,15 @@ def conform_state(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -
 
     Other shapes and dtypes are left alone, for the kernel's checks to refuse.
     """
+    own, present = part(param), parts(state)
     for key in misfits(param, state, group):
-        value = state.get(key)
+        value = present.get(key)
         if key == "step":
             state[key] = _new_step(value, _step_device(param, group))
         elif value is None:
-            state[key] = _converted_master(param, state, key)
+            state[key] = like(param, _converted_master(own, present, key))
         else:
-            state[key] = _laid_out_copy(value, param, value.dtype)
+            state[key] = like(param, _laid_out_copy(value, own, value.dtype))
 
 
 def drop_other_masters(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
@@ -208,11 +213,17 @@ class StateLoad:
     ) -> None:
         if not isinstance(loaded, dict):
             raise ValueError(f"loaded state of {name} must be a dict, but is {describe(loaded)}")
-        self._param = param
-        self._existing = existing
+        self._whole_param = param
+        self._param = part(param)
+        self._whole_existing = existing
+        self._existing = parts(existing)
         self._device = _step_device(param, group)
         self._moment_dtype = wanted_moment_dtype(param, group)
         self._loaded = {key: value.tensor if isinstance(value, Carried) else value for key, value in loaded.items()}
+        for key in (*MOMENTS, *MASTERS):
+            if isinstance(self._loaded.get(key), Tensor):
+                self._loaded[key] = part_of_loaded(self._loaded[key], param, f"loaded state {key!r} of {name}")
+        param, existing = self._param, self._existing
         if self._loaded and not is_step(self._loaded.get("step"), param):
             found = describe(self._loaded.get("step", "missing"))
             raise ValueError(f"loaded state 'step' of {name} must be a whole number of updates, but is {found}")
@@ -251,7 +262,14 @@ class StateLoad:
         state = {key: self._load(key, value) for key, value in self._loaded.items() if key not in MASTERS}
         if self._master is not None and self._loaded:
             state[self._master] = self._load_master(self._master)
-        return state
+        return {key: self._placed(key, value) for key, value in state.items()}
+
+    def _placed(self, key: str, value: Any) -> Any:
+        """A tensor of the state, placed as the param: the existing one, where the value was written into its part."""
+        if key not in (*MOMENTS, *MASTERS):
+            return value
+        existing = self._whole_existing.get(key)
+        return existing if part(existing) is value else like(self._whole_param, value)
 
     def _load_master(self, key: str) -> Tensor:
         value = self._loaded[key] if key in self._loaded else _converted_master(self._param, self._loaded, key)
@@ -283,7 +301,7 @@ class StateLoad:
 
 def storage_addresses(states: Iterable[Any]) -> set[int]:
     """Where the tensors of these per-param states keep their memory."""
-    values = (value for state in states if isinstance(state, dict) for value in state.values())
+    values = (part(value) for state in states if isinstance(state, dict) for value in state.values())
     return {_storage_address(value) for value in values if isinstance(value, Tensor)} - {0}
 
 
@@ -333,6 +351,8 @@ def is_master(value: Any, param: Tensor, key: str) -> TypeGuard[Tensor]:
 def describe(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
+    if is_sharded(value):
+        return describe_sharded(value)
     layout = "" if value.layout == torch.strided else f" and layout {value.layout}"
     number = f" {value.item()}" if _holds_number(value) else ""
     return f"a {value.dtype} tensor{number} of shape {tuple(value.shape)} on {value.device}{layout}"

@@ -326,8 +326,8 @@ FAULTS = [
     Fault(
         "every piece has the random bits of the first",
         "csrc/cpu/launch.cpp",
-        "rest.element_number += static_cast<std::uint64_t>(begin);",
-        "",
+        "fill_run(kernels, entry.element_number + begin, count, key)",
+        "fill_run(kernels, entry.element_number, count, key)",
         STOCHASTIC,
     ),
     # The script class and the operators.

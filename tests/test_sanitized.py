@@ -160,8 +160,8 @@ FAULTS = {
     ),
     "random words are those of the tensor's first elements": (
         "csrc/cuda/body.h",
-        "entry.element_number() + index",
-        "static_cast<std::uint64_t>(index)",
+        "words.fill(s.random, entry.element_number(), index, options.places)",
+        "words.fill(s.random, 0, index, options.places)",
         "failed: random tables",
     ),
     "a launch takes a tensor too many": (

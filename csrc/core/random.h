@@ -52,6 +52,26 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE RandomBlock random_block(const RandomKey& key, std
   return {{x0, x1, x2, x3}};
 }
 
+// Where the elements of a part of a tensor are in the whole: runs of `run` neighbours, from one to the next `stride`
+// elements; `rows` runs make a block, from one to the next `block_stride` elements. A part that is cut out of the inner
+// dimensions of a tensor, in memory order.
+struct Places {
+  std::uint32_t run;   // at least 1
+  std::uint32_t rows;  // at least 1
+  std::uint64_t stride;
+  std::uint64_t block_stride;
+
+  bool operator==(const Places& other) const {
+    return run == other.run && rows == other.rows && stride == other.stride && block_stride == other.block_stride;
+  }
+
+  // The place of the part's element `index`, counted from that of its first element.
+  ADAMW_EXT_HD ADAMW_EXT_INLINE std::uint64_t of(std::uint64_t index) const {
+    const std::uint64_t row = index / run;
+    return row / rows * block_stride + row % rows * stride + index % run;
+  }
+};
+
 // An element's two words as what its numbers are rounded with: 16 bits each.
 struct RandomBits {
   std::uint32_t param;

@@ -14,6 +14,7 @@
 #include "hyper.h"
 #include "norm.h"
 #include "portable.h"
+#include "random.h"
 
 namespace adamw_ext {
 
@@ -30,6 +31,7 @@ struct TensorEntry {
   std::int64_t first_unit;       // units of all entries before this one
   std::int64_t first_piece;      // pieces of all entries before this one
   std::uint64_t element_number;  // of the first element, for random bits
+  const Places* places;          // of the others; null: they follow the first one
   std::int32_t scalars;          // index into Table::scalars; -1: not part of this step
   std::uint8_t combination;
   DType grad_dtype;

@@ -57,7 +57,6 @@ TensorEntry advanced(const TensorEntry& entry, std::int64_t begin) {
   rest.exp_avg_sq = from(entry.exp_avg_sq, size.moment_size);
   rest.max_exp_avg_sq = from(entry.max_exp_avg_sq, size.moment_size);
   rest.master = from(entry.master, size.master_size);
-  rest.element_number += static_cast<std::uint64_t>(begin);
   return rest;
 }
 
@@ -72,18 +71,36 @@ class Piece {
     return grad_;
   }
 
-  RandomWords fill(const KernelSet& kernels, const TensorEntry& entry, std::int64_t count, const RandomKey& key) {
-    const std::uint64_t first = entry.element_number / elements_per_block;
-    const std::uint64_t last = (entry.element_number + static_cast<std::uint64_t>(count) - 1) / elements_per_block;
-    kernels.fill_random_words(key, first, static_cast<std::int64_t>(last - first + 1), first_words_, second_words_);
-    const std::uint64_t skipped = entry.element_number % elements_per_block;
-    return {first_words_ + skipped, second_words_ + skipped};
+  // The words of elements [begin, begin + count) of an entry.
+  RandomWords fill(const KernelSet& kernels, const TensorEntry& entry, std::int64_t begin, std::int64_t count,
+                   const RandomKey& key) {
+    if (entry.places == nullptr) return fill_run(kernels, entry.element_number + begin, count, key);
+    const std::int64_t run = entry.places->run;
+    for (std::int64_t done = 0; done < count;) {
+      const std::int64_t length = std::min(run - (begin + done) % run, count - done);
+      const std::uint64_t number = entry.element_number + entry.places->of(begin + done);
+      const RandomWords words = fill_run(kernels, number, length, key);
+      std::copy_n(words.first, length, gathered_first_ + done);
+      std::copy_n(words.second, length, gathered_second_ + done);
+      done += length;
+    }
+    return {gathered_first_, gathered_second_};
   }
 
  private:
+  RandomWords fill_run(const KernelSet& kernels, std::uint64_t number, std::int64_t count, const RandomKey& key) {
+    const std::uint64_t first = number / elements_per_block;
+    const std::uint64_t last = (number + static_cast<std::uint64_t>(count) - 1) / elements_per_block;
+    kernels.fill_random_words(key, first, static_cast<std::int64_t>(last - first + 1), first_words_, second_words_);
+    const std::uint64_t skipped = number % elements_per_block;
+    return {first_words_ + skipped, second_words_ + skipped};
+  }
+
   alignas(64) float grad_[elements];
   alignas(64) std::uint32_t first_words_[elements + elements_per_block];
   alignas(64) std::uint32_t second_words_[elements + elements_per_block];
+  std::uint32_t gathered_first_[elements];
+  std::uint32_t gathered_second_[elements];
 };
 
 // Updates elements [begin, end) with a gradient of any type. Loops exist for float gradients and for those of the
@@ -102,7 +119,7 @@ void update(const KernelSet& kernels, const TensorEntry& entry, const Scalars& s
     TensorEntry rest = advanced(entry, begin);
     if (!is_wide) rest.grad = piece.widen(kernels, rest, count);
     RandomWords random{};
-    if (size.is_stochastic) random = piece.fill(kernels, rest, count, scalars.in_float.random);
+    if (size.is_stochastic) random = piece.fill(kernels, entry, begin, count, scalars.in_float.random);
     wide(rest, scalars, random, 0, count);
   }
 }

@@ -29,24 +29,32 @@ constexpr int capacity(int bytes, std::size_t header, std::size_t piece) {
 template <class C>
 constexpr int resident_blocks = C::is_stochastic ? 3 : 4;
 
-template <class T>
+// How many different places the entries of a launch may have.
+template <class C>
+constexpr int places_capacity = C::is_stochastic ? 5 : 0;
+
+template <class C>
 struct UpdateHeader {
+  using T = typename C::T;
+
   const Scalars* device_scalars;  // in device memory, or null: those below
   const float* found_inf;         // in device memory, or null
   std::int64_t unit_count;
   std::int64_t units_per_chunk;
   std::int32_t entry_count;
+  std::int16_t places_count;
   bool writes_grads;
   StepScalars<T> scalars[scalars_by_value];
+  Places places[places_capacity<C> > 0 ? places_capacity<C> : 1];
 };
 
 template <class C, bool amsgrad, int bytes>
 struct UpdateArguments {
   using Entry = UpdateEntry<C, amsgrad>;
   static constexpr int blocks_per_multiprocessor = resident_blocks<C>;
-  static constexpr int entry_capacity = capacity(bytes, sizeof(UpdateHeader<typename C::T>), sizeof(Entry));
+  static constexpr int entry_capacity = capacity(bytes, sizeof(UpdateHeader<C>), sizeof(Entry));
 
-  UpdateHeader<typename C::T> header;
+  UpdateHeader<C> header;
   Entry entries[entry_capacity];  // not empty, laid out anew
 };
 
@@ -115,7 +123,7 @@ static_assert(sizeof(UploadArguments<small_arguments>) <= small_arguments, "too 
 
 // The update kernel: thread `thread` of `threads` in the block that updates chunk `chunk`.
 template <class C, bool amsgrad>
-ADAMW_EXT_HD inline void update_chunk(const UpdateHeader<typename C::T>& header, const UpdateEntry<C, amsgrad>* entries,
+ADAMW_EXT_HD inline void update_chunk(const UpdateHeader<C>& header, const UpdateEntry<C, amsgrad>* entries,
                                       std::int64_t chunk, int thread, int threads) {
   using T = typename C::T;
   if (Scaling{nullptr, header.found_inf}.skips()) return;
@@ -126,7 +134,9 @@ ADAMW_EXT_HD inline void update_chunk(const UpdateHeader<typename C::T>& header,
                      const StepScalars<T> scalars = header.device_scalars != nullptr
                                                         ? header.device_scalars[entry.scalars].as(T())
                                                         : header.scalars[entry.scalars];
-                     const UpdateOptions<T> options{scalars, forgets_fast(scalars), header.writes_grads};
+                     const Places* places = nullptr;
+                     if (C::is_stochastic && entry.places > 0) places = &header.places[entry.places - 1];
+                     const UpdateOptions<T> options{scalars, forgets_fast(scalars), header.writes_grads, places};
                      update_segment(entry, from, to, thread, threads, options);
                    });
 }

@@ -193,6 +193,7 @@ struct UpdateOptions {
   const StepScalars<T>& scalars;
   bool forgetful;     // what forgets_fast says of the scalars
   bool writes_grads;  // gradients are unscaled in place
+  const Places* places;  // of the entry's elements, or null
 };
 
 // The random words of the elements of a packet. Each is taken apart only where it is used, to hold few registers.
@@ -200,13 +201,18 @@ template <int lanes>
 struct PacketWords {
   std::uint32_t first[lanes], second[lanes];
 
-  ADAMW_EXT_HD ADAMW_EXT_INLINE void fill(const RandomKey& key, std::uint64_t element_number) {
+  // The packet's first element is `index` of those whose first one has this number.
+  ADAMW_EXT_HD ADAMW_EXT_INLINE void fill(const RandomKey& key, std::uint64_t element_number, std::uint64_t index,
+                                          const Places* places) {
     RandomBlock block{};
+    std::uint64_t last = 0;
     ADAMW_EXT_UNROLL
     for (int lane = 0; lane < lanes; ++lane) {
-      const std::uint64_t number = element_number + lane;
+      const std::uint64_t place = places == nullptr ? index + lane : places->of(index + lane);
+      const std::uint64_t number = element_number + place;
       const bool is_odd = number % elements_per_block != 0;
-      if (lane == 0 || !is_odd) block = random_block(key, number / elements_per_block);
+      if (lane == 0 || !is_odd || number != last + 1) block = random_block(key, number / elements_per_block);
+      last = number;
       first[lane] = is_odd ? block.words[2] : block.words[0];
       second[lane] = is_odd ? block.words[3] : block.words[1];
     }
@@ -253,7 +259,7 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void update_packet(const UpdateEntry<C, amsgrad>& 
   }
   constexpr bool at_random = C::rounds_moments_at_random;
   PacketWords<lanes> words;
-  if constexpr (C::is_stochastic) words.fill(s.random, entry.element_number() + index);
+  if constexpr (C::is_stochastic) words.fill(s.random, entry.element_number(), index, options.places);
   if constexpr (C::has_master) {
     store_packet<lanes>(param, aligned.param,
                         [&](int k) { return Param{static_cast<std::uint16_t>(keep<C>(p[k]).shown)}; });

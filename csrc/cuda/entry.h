@@ -16,7 +16,8 @@ struct UpdateEntry {
   void* grad;
   void* exp_avg;
   void* exp_avg_sq;
-  std::uint64_t numel : 56;
+  std::uint64_t numel : 48;
+  std::uint64_t places : 8;  // index into those of the launch, plus 1; 0: none
   std::uint64_t grad_dtype : 8;
   std::uint32_t first_unit;  // in this launch
   std::int32_t scalars;
@@ -27,12 +28,13 @@ struct UpdateEntry {
   ADAMW_EXT_HD void* master() const { return reinterpret_cast<void*>(extra[amsgrad ? 1 : 0]); }
   ADAMW_EXT_HD std::uint64_t element_number() const { return extra[amsgrad + C::has_master]; }
 
-  static UpdateEntry of(const TensorEntry& entry, std::uint32_t first_unit) {
+  static UpdateEntry of(const TensorEntry& entry, std::uint32_t first_unit, int places) {
     UpdateEntry packed{entry.param,
                        entry.grad,
                        entry.exp_avg,
                        entry.exp_avg_sq,
                        static_cast<std::uint64_t>(entry.numel),
+                       static_cast<std::uint64_t>(places),
                        static_cast<std::uint64_t>(entry.grad_dtype),
                        first_unit,
                        entry.scalars,

@@ -50,13 +50,15 @@ class UpdatePacker {
   Error add(const TensorEntry& entry) {
     constexpr std::int64_t most_units = std::numeric_limits<std::uint32_t>::max();
     const std::int64_t units = units_of(entry.numel);
-    if (arguments_.header.entry_count == arguments_.entry_capacity ||
+    int places = find_places(entry);
+    if (arguments_.header.entry_count == arguments_.entry_capacity || places < 0 ||
         arguments_.header.unit_count + units > most_units) {
       if (const Error error = flush()) return error;
       if (units > most_units) return invalid_value;  // 2**38 elements: no device has them
+      places = find_places(entry);
     }
     const auto first_unit = static_cast<std::uint32_t>(arguments_.header.unit_count);
-    arguments_.entries[arguments_.header.entry_count++] = UpdateEntry<C, amsgrad>::of(entry, first_unit);
+    arguments_.entries[arguments_.header.entry_count++] = UpdateEntry<C, amsgrad>::of(entry, first_unit, places);
     arguments_.header.unit_count += units;
     return 0;
   }
@@ -72,9 +74,22 @@ class UpdatePacker {
   }
 
  private:
+  // What the entry's `places` is to be: those of the launch get them, if they do not have them. -1: they are full.
+  int find_places(const TensorEntry& entry) {
+    if (!C::is_stochastic || entry.places == nullptr) return 0;
+    std::int16_t& count = arguments_.header.places_count;
+    for (int i = 0; i < count; ++i) {
+      if (arguments_.header.places[i] == *entry.places) return i + 1;
+    }
+    if (count == places_capacity<C>) return -1;
+    arguments_.header.places[count] = *entry.places;
+    return ++count;
+  }
+
   void clear() {
     arguments_.header.entry_count = 0;
     arguments_.header.unit_count = 0;
+    arguments_.header.places_count = 0;
   }
 
   const Limits& limits_;

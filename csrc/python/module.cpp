@@ -2,12 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <set>
 
 #include "../torch/masters.h"
 #include "../torch/stepper.h"
+#include "dtensor.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -48,10 +51,11 @@ struct Flags {
   bool capturable, differentiable, fused;
   Master master;
   Rounding rounding;
+  bool clips;  // sums of sharded gradients are kept apart
 
   bool operator==(const Flags& other) const {
     return capturable == other.capturable && differentiable == other.differentiable && fused == other.fused &&
-           master == other.master && rounding == other.rounding;
+           master == other.master && rounding == other.rounding && clips == other.clips;
   }
 };
 
@@ -88,7 +92,8 @@ class GroupReader {
     const Keys& k = keys();
     return {to_bool(get(k.capturable), k.capturable), to_bool(get(k.differentiable), k.differentiable),
             to_bool(get(k.fused), k.fused), to_master(find(k.master_weights)),
-            to_bool(find(k.stochastic_rounding), k.stochastic_rounding) ? Rounding::stochastic : Rounding::nearest};
+            to_bool(find(k.stochastic_rounding), k.stochastic_rounding) ? Rounding::stochastic : Rounding::nearest,
+            !find(k.max_grad_norm).is_none()};
   }
 
   bool ran_python() const { return ran_python_; }
@@ -175,14 +180,20 @@ at::Tensor to_tensor(py::handle object, const std::string& name) {
   throw py::type_error(name + " must be a tensor, but is " + std::string(py::repr(object)));
 }
 
+// The tensor, or of a DTensor the part that is here.
+at::Tensor to_part(py::handle object, const std::string& name) {
+  return unpack(part_of(py::reinterpret_steal<py::object>(wrap(to_tensor(object, name))).ptr()).ptr());
+}
+
 at::Tensor to_optional_tensor(py::handle object, const char* name) {
   return object.is_none() ? at::Tensor() : to_tensor(object, name);
 }
 
+// fields: those of Member in adamw_ext/sharded.py.
 Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
   Member member;
   member.name = fields[3].cast<std::string>();
-  member.param = to_tensor(fields[0], member.name);
+  member.param = to_part(fields[0], member.name);
   member.group = fields[2].cast<std::int32_t>();
   if (member.group < 0 || static_cast<std::size_t>(member.group) >= flags.size()) {
     throw py::index_error("a member's group does not exist");
@@ -191,11 +202,22 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
   member.group_master = flags[member.group].master;
   member.rounding = flags[member.group].rounding;
   member.element_number = element_number(fields[4].cast<std::uint64_t>(), fields[5].cast<std::uint64_t>());
+  if (!fields[6].is_none()) {
+    const auto places = fields[6].cast<std::array<std::uint64_t, 4>>();
+    constexpr std::uint64_t most = std::numeric_limits<std::uint32_t>::max();
+    if (places[0] < 1 || places[0] > most || places[1] < 1 || places[1] > most) {
+      throw py::value_error("a member's places must be of at least 1 and less than 2**32 elements and rows");
+    }
+    member.places = Places{static_cast<std::uint32_t>(places[0]), static_cast<std::uint32_t>(places[1]), places[2],
+                           places[3]};
+  }
+  member.sum = fields[7].cast<std::int32_t>();
+  if (member.sum < 0) throw py::value_error("a member's sum must not be negative");
   if (fields[1].is_none()) return member;
   const auto state = fields[1].cast<py::dict>();
   const auto item = [&](const char* key) {
     if (!state.contains(key)) throw py::key_error("the state of " + member.name + " has no '" + key + "'");
-    return to_tensor(state[key], std::string("state '") + key + "' of " + member.name);
+    return to_part(state[key], std::string("state '") + key + "' of " + member.name);
   };
   member.step = item("step");
   member.exp_avg = item("exp_avg");
@@ -208,6 +230,7 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
 }
 
 std::vector<Member> to_members(const py::list& list, const std::vector<Flags>& flags) {
+  find_dtensor_class();
   std::vector<Member> members;
   members.reserve(list.size());
   for (const py::handle item : list) members.push_back(to_member(item.cast<py::tuple>(), flags));
@@ -221,20 +244,77 @@ std::vector<Flags> read_flags(const py::list& param_groups) {
   return flags;
 }
 
+// The params of a stepper some of which are DTensors.
+class Sharded {
+ public:
+  explicit Sharded(const py::list& members) {
+    for (const py::handle item : members) {
+      const auto fields = item.cast<py::tuple>();
+      const py::object param = fields[0];
+      const bool is_sharded = is_dtensor(param.ptr());
+      any_ |= is_sharded;
+      params_.push_back({unpack(param.ptr()).unsafeGetTensorImpl(), is_sharded ? spec_of(param.ptr()) : py::object()});
+    }
+  }
+
+  bool any() const { return any_; }
+
+  // Each member's gradient, or the part of it that is here. place(param, grad) brings a DTensor that is placed otherwise
+  // than its param, or another tensor, into place, or raises. Returns whether it was called.
+  bool read_grads(const py::object& place, std::vector<at::Tensor>& grads) const {
+    bool placed = false;
+    for (const Param& param : params_) {
+      const at::Tensor& grad = param.tensor->grad();
+      grads.push_back(param.spec && grad.defined() ? part_of_grad(param, grad, place, placed) : grad);
+    }
+    return placed;
+  }
+
+  // A write to a part does not count as one to its DTensor.
+  void bump_versions(const std::vector<at::Tensor>& grads) const {
+    for (std::size_t i = 0; i < params_.size(); ++i) {
+      if (params_[i].spec && grads[i].defined()) params_[i].tensor->bump_version();
+    }
+  }
+
+ private:
+  struct Param {
+    c10::TensorImpl* tensor;
+    py::object spec;  // of a DTensor
+  };
+
+  static at::Tensor part_of_grad(const Param& param, const at::Tensor& grad, const py::object& place, bool& placed) {
+    auto object = py::reinterpret_steal<py::object>(wrap(grad));
+    if (!is_dtensor(object.ptr()) || !same_placement(param.spec, spec_of(object.ptr()))) {
+      placed = true;
+      using TensorPtr = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+      const at::Tensor owner(TensorPtr::reclaim_copy(param.tensor));
+      object = place(py::reinterpret_steal<py::object>(wrap(owner)), object);
+    }
+    return unpack(part_of(object.ptr()).ptr());
+  }
+
+  std::vector<Param> params_;
+  bool any_ = false;
+};
+
 // A stepper over the params and state of one Python optimizer, which lets one thread at a time in.
 class PythonStepper {
  public:
   PythonStepper(const py::list& param_groups, const py::dict& state, const py::list& members,
                 std::shared_ptr<HyperMirror> mirror, std::shared_ptr<DeviceNumbers> skips,
-                std::shared_ptr<DeviceNumbers> norms)
+                std::shared_ptr<DeviceNumbers> norms, py::object place_grad, py::object complete_sum)
       : flags_(read_flags(param_groups)),
         stepper_(to_members(members, flags_)),
         mirror_(std::move(mirror)),
         skips_(std::move(skips)),
         norms_(std::move(norms)),
+        sharded_(members),
+        place_grad_(std::move(place_grad)),
+        complete_sum_(std::move(complete_sum)),
         groups_(param_groups.size()),
         member_count_(members.size()) {
-    watch_.remember(param_groups.ptr(), state.ptr());
+    watch_.remember(param_groups.ptr(), state.ptr(), sharded_.any());
     std::set<std::size_t> used;
     for (const py::handle member : members) used.insert(member.cast<py::tuple>()[2].cast<std::size_t>());
     used_groups_.assign(used.begin(), used.end());
@@ -259,21 +339,26 @@ class PythonStepper {
     if (ran_python && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
     const at::Tensor scale = to_optional_tensor(grad_scale, "grad_scale");
     const at::Tensor found = to_optional_tensor(found_inf, "found_inf");
-    const std::vector<at::Tensor> given = grads ? to_grads(*grads) : std::vector<at::Tensor>();
+    const GradsOfStep of_step(grads_);
+    if (grads) {
+      read_grads(*grads);
+    } else if (sharded_.any()) {
+      const bool ran_more = sharded_.read_grads(place_grad_, grads_);
+      if (ran_more && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
+    }
     const Stepper::Ready ready =
-        stepper_.prepare({groups_, given, scale, found, mirror_.get(), skips_.get(), norms_.get()});
+        stepper_.prepare({groups_, grads_, scale, found, mirror_.get(), skips_.get(), norms_.get()});
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
     started_ = true;
     if (stepper_.is_long()) {
       const py::gil_scoped_release unlocked;
-      stepper_.measure();
-      stepper_.run();
+      run();
     } else {
-      stepper_.measure();
-      stepper_.run();
+      run();
     }
     stepper_.finish();
+    if (sharded_.any()) sharded_.bump_versions(grads_);
     return true;
   }
 
@@ -283,15 +368,27 @@ class PythonStepper {
   bool started() const { return started_; }
 
  private:
-  std::vector<at::Tensor> to_grads(const py::list& list) const {
+  // Gradients are held no longer than a step, also where that raises.
+  struct GradsOfStep {
+    explicit GradsOfStep(std::vector<at::Tensor>& grads) : grads(grads) { grads.clear(); }
+    ~GradsOfStep() { grads.clear(); }
+    std::vector<at::Tensor>& grads;
+  };
+
+  void run() {
+    stepper_.measure([&](std::int32_t sum, const at::Tensor& part) {
+      const py::gil_scoped_acquire locked;
+      return to_tensor(complete_sum_(sum, py::reinterpret_steal<py::object>(wrap(part))), "a sum of squares");
+    });
+    stepper_.run();
+  }
+
+  void read_grads(const py::list& list) {
     if (list.size() != member_count_) {
       throw py::value_error("grads must have one entry for each of the " + std::to_string(member_count_) +
                             " members, but has " + std::to_string(list.size()));
     }
-    std::vector<at::Tensor> grads;
-    grads.reserve(list.size());
-    for (const py::handle grad : list) grads.push_back(to_optional_tensor(grad, "a gradient"));
-    return grads;
+    for (const py::handle grad : list) grads_.push_back(to_optional_tensor(grad, "a gradient"));
   }
 
   std::vector<Flags> flags_;  // of all param groups, as when the stepper was made
@@ -299,6 +396,10 @@ class PythonStepper {
   std::shared_ptr<HyperMirror> mirror_;
   std::shared_ptr<DeviceNumbers> skips_;
   std::shared_ptr<DeviceNumbers> norms_;
+  Sharded sharded_;
+  py::object place_grad_;    // see Sharded::read_grads
+  py::object complete_sum_;  // CompleteSum
+  std::vector<at::Tensor> grads_;
   Watch watch_;
   std::vector<GroupOptions> groups_;  // of all param groups; those without a member here are never read
   std::vector<std::size_t> used_groups_;
@@ -373,9 +474,9 @@ std::vector<std::tuple<std::string, std::string, std::string, std::string>> comb
 PYBIND11_MODULE(_C, module) {
   py::class_<PythonStepper>(module, "Stepper")
       .def(py::init<const py::list&, const py::dict&, const py::list&, std::shared_ptr<HyperMirror>,
-                    std::shared_ptr<DeviceNumbers>, std::shared_ptr<DeviceNumbers>>(),
+                    std::shared_ptr<DeviceNumbers>, std::shared_ptr<DeviceNumbers>, py::object, py::object>(),
            py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"), py::arg("skips"),
-           py::arg("norms"))
+           py::arg("norms"), py::arg("place_grad"), py::arg("complete_sum"))
       .def("step", &PythonStepper::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"),
            py::arg("found_inf"), py::arg("grads") = py::none())
       .def_property_readonly("isa", [](PythonStepper& self) { return cpu::isa_name(self.tuning().isa); })

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "dtensor.h"
+
 namespace adamw_ext::python {
 
 const at::Tensor& unpack(PyObject* tensor) { return THPVariable_Unpack(tensor); }
@@ -42,9 +44,24 @@ bool walk_dict(PyObject* dict, const Visit& visit) {
 }
 #endif
 
+// A DTensor's part and spec can be replaced under it.
+template <class Visit>
+bool walk_dtensor(PyObject* object, const Visit& visit) {
+  return !is_dtensor(object) || (visit(identity(part_of(object).ptr())) && visit(spec_of(object).ptr()));
+}
+
+template <class Visit>
+bool walk_dtensors(PyObject* dict, const Visit& visit) {
+  PyObject *key, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
+    if (!walk_dtensor(value, visit)) return false;
+  }
+  return true;
+}
+
 // Calls visit(identity) for each object in a fixed order until one call returns false; returns whether none did.
 template <class Visit>
-bool walk(PyObject* param_groups, PyObject* state, const Visit& visit) {
+bool walk(PyObject* param_groups, PyObject* state, bool has_dtensors, const Visit& visit) {
   static PyObject* const params_key = PyUnicode_InternFromString("params");
   const Py_ssize_t group_count = PyList_GET_SIZE(param_groups);
   for (Py_ssize_t g = 0; g < group_count; ++g) {
@@ -53,22 +70,26 @@ bool walk(PyObject* param_groups, PyObject* state, const Visit& visit) {
     if (params == nullptr || !PyList_Check(params)) return visit(nullptr);
     const Py_ssize_t param_count = PyList_GET_SIZE(params);
     for (Py_ssize_t i = 0; i < param_count; ++i) {
-      if (!visit(identity(PyList_GET_ITEM(params, i)))) return false;
+      PyObject* param = PyList_GET_ITEM(params, i);
+      if (!visit(identity(param)) || (has_dtensors && !walk_dtensor(param, visit))) return false;
     }
     if (!visit(params)) return false;  // also marks where the group ends
   }
   PyObject *owner, *items;
   for (Py_ssize_t position = 0; PyDict_Next(state, &position, &owner, &items);) {
-    if (!visit(owner) || !visit(items) || (PyDict_Check(items) && !walk_dict(items, visit))) return false;
+    if (!visit(owner) || !visit(items)) return false;
+    if (!PyDict_Check(items)) continue;
+    if (!walk_dict(items, visit) || (has_dtensors && !walk_dtensors(items, visit))) return false;
   }
   return true;
 }
 
 }  // namespace
 
-void Watch::remember(PyObject* param_groups, PyObject* state) {
+void Watch::remember(PyObject* param_groups, PyObject* state, bool has_dtensors) {
+  has_dtensors_ = has_dtensors;
   seen_.clear();
-  walk(param_groups, state, [&](const void* object) {
+  walk(param_groups, state, has_dtensors_, [&](const void* object) {
     seen_.push_back(object);
     return true;
   });
@@ -77,8 +98,8 @@ void Watch::remember(PyObject* param_groups, PyObject* state) {
 bool Watch::matches(PyObject* param_groups, PyObject* state) const {
   auto expected = seen_.begin();
   const auto end = seen_.end();
-  return walk(param_groups, state, [&](const void* object) { return expected != end && *expected++ == object; }) &&
-         expected == end;
+  const auto is_expected = [&](const void* object) { return expected != end && *expected++ == object; };
+  return walk(param_groups, state, has_dtensors_, is_expected) && expected == end;
 }
 
 }  // namespace adamw_ext::python

@@ -21,11 +21,13 @@ class Watch {
  public:
   // Remembers every param of every group, and every item of the state. Borrows: the stepper's weak references see to
   // it that no other tensor can come to stand at a remembered address.
-  void remember(PyObject* param_groups, PyObject* state);
+  // has_dtensors: whether some of them may be DTensors, whose parts are then remembered too.
+  void remember(PyObject* param_groups, PyObject* state, bool has_dtensors);
   bool matches(PyObject* param_groups, PyObject* state) const;
 
  private:
   std::vector<const void*> seen_;
+  bool has_dtensors_ = false;
 };
 
 }  // namespace adamw_ext::python

@@ -65,6 +65,8 @@ Stepper::Stepper(const std::vector<Member>& members) : tuning{cpu::choose_isa()}
     slot.position = static_cast<std::int32_t>(slot.bucket->entries.size());
     slot.bucket->entries.push_back({});
     slot.entry().element_number = member.element_number;
+    if (member.places) slot.entry().places = &places_.emplace_back(*member.places);
+    last_sum_ = std::max(last_sum_, member.sum);
     names_.push_back(member.name);
     group_count = std::max(group_count, member.group + 1);
     slots_.push_back(std::move(slot));
@@ -82,11 +84,13 @@ Stepper::Stepper(const std::vector<Member>& members) : tuning{cpu::choose_isa()}
 Stepper::Bucket& Stepper::bucket_of(const Member& member) {
   const c10::Device device = member.param.device();
   auto bucket = std::find_if(buckets_.begin(), buckets_.end(),
-                             [&](const Bucket& b) { return b.device == device && b.deferred == member.deferred; });
+                             [&](const Bucket& b) {
+                               return b.device == device && b.deferred == member.deferred && b.sum == member.sum;
+                             });
   if (bucket == buckets_.end()) {
     TORCH_CHECK(has_kernels(device.type()), member.name, " must be a strided CPU tensor in this build, but has ",
                 describe(*member.param.unsafeGetTensorImpl()));
-    buckets_.push_back({device, member.deferred, make_executor(device)});
+    buckets_.push_back({device, member.deferred, member.sum, make_executor(device)});
     bucket = std::prev(buckets_.end());
   }
   if (bucket->groups.empty() || bucket->groups.back() != member.group) bucket->groups.push_back(member.group);
@@ -328,7 +332,8 @@ void Stepper::begin_norm(const StepInputs& inputs) {
   for (Bucket& bucket : buckets_) {
     if (!clips_) continue;
     bucket.sum_of_squares = inputs.norms->on(bucket.device);
-    bucket.own_sum_of_squares = several ? inputs.norms->on(bucket.device, ++place) : bucket.sum_of_squares;
+    const bool apart = several || bucket.sum != 0;
+    bucket.own_sum_of_squares = apart ? inputs.norms->on(bucket.device, ++place) : bucket.sum_of_squares;
   }
 }
 
@@ -353,16 +358,27 @@ Work Stepper::work_of(const Bucket& bucket) const {
   return work;
 }
 
-void Stepper::measure() {
+void Stepper::measure(const CompleteSum& complete) {
   if (!clips_) return;
   const at::NoGradGuard no_grad;
-  at::Tensor total;  // where several buckets' sums are added up, or none
-  for (Bucket& bucket : buckets_) {
-    if (!bucket.active) continue;
-    Work work = work_of(bucket);
-    work.steps.sum_of_squares = bucket.own_sum_of_squares.mutable_data_ptr<double>();
-    bucket.executor->measure(work, tuning);
-    total = total.defined() ? at::add(total, bucket.own_sum_of_squares.to(total.device())) : bucket.own_sum_of_squares;
+  const auto add = [](at::Tensor& total, const at::Tensor& part) {
+    total = total.defined() ? at::add(total, part.to(total.device())) : part;
+  };
+  at::Tensor total;
+  for (std::int32_t sum = 0; sum <= last_sum_; ++sum) {
+    at::Tensor part;
+    for (Bucket& bucket : buckets_) {
+      if (bucket.sum != sum || (sum == 0 && !bucket.active)) continue;
+      if (bucket.active) {
+        Work work = work_of(bucket);
+        work.steps.sum_of_squares = bucket.own_sum_of_squares.mutable_data_ptr<double>();
+        bucket.executor->measure(work, tuning);
+      } else {
+        bucket.own_sum_of_squares.zero_();  // the other processes wait for it
+      }
+      add(part, bucket.own_sum_of_squares);
+    }
+    if (part.defined()) add(total, sum == 0 ? part : complete(sum, part));
   }
   for (Bucket& bucket : buckets_) {
     if (!total.defined()) {

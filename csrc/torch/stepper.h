@@ -18,7 +18,9 @@
 #include <cmath>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -43,7 +45,9 @@ struct Member {
   Master group_master = Master::none;  // what its group asks for
   Rounding rounding = Rounding::nearest;
   std::uint64_t element_number = 0;  // of the first element, for random bits
+  std::optional<Places> places;      // of the others, where they do not follow the first one
   std::int32_t group = 0;
+  std::int32_t sum = 0;   // of squares that its gradient belongs to; all but sum 0 have parts in other processes
   bool deferred = false;  // the kernels count its steps
   std::string name;       // how messages call it
 };
@@ -68,6 +72,9 @@ struct StepInputs {
   DeviceNumbers* norms;          // null: nothing is clipped
 };
 
+// The whole of the sum of squares with this number, of which this process has a part.
+using CompleteSum = std::function<at::Tensor(std::int32_t sum, const at::Tensor& part)>;
+
 class ADAMW_EXT_API Stepper {
  public:
   explicit Stepper(const std::vector<Member>& members);
@@ -76,7 +83,9 @@ class ADAMW_EXT_API Stepper {
 
   // `skip`: found_inf says so. `needs_state`: a parameter without state has a gradient; make a new stepper.
   Ready prepare(const StepInputs& inputs);
-  void measure();  // the norm of the gradients, if any group clips them
+  // The norm of the gradients, if any group clips them. Calls complete(sum, part) for each sum other than 0 that members
+  // have, rising, whatever has a gradient.
+  void measure(const CompleteSum& complete = {});
   void run();
   void finish();
 
@@ -106,10 +115,11 @@ class ADAMW_EXT_API Stepper {
     explicit operator bool() const { return tensor != nullptr; }
   };
 
-  // The params of one device whose steps are counted in one way.
+  // The params of one device whose steps are counted in one way, and whose gradients' squares belong to one sum.
   struct Bucket {
     c10::Device device;
     bool deferred;  // the kernels count, the host does not
+    std::int32_t sum;
     std::unique_ptr<Executor> executor;
     std::vector<std::int32_t> groups;  // that have params here
     std::vector<TensorEntry> entries;
@@ -189,6 +199,7 @@ class ADAMW_EXT_API Stepper {
 
   std::vector<Slot> slots_;
   std::deque<Bucket> buckets_;
+  std::deque<Places> places_;
   std::vector<std::string> names_;
   std::vector<WeakTensor> guards_;  // keep the addresses of the state's tensors from being taken by others
   std::vector<Scalars> scalars_;
@@ -201,6 +212,7 @@ class ADAMW_EXT_API Stepper {
   std::vector<TensorPtr> pinned_tensors_;
   double unscale_ = 1.0;
   bool clips_ = false;
+  std::int32_t last_sum_ = 0;
   bool moved_ = false;  // tensors have been checked anew, and not yet for overlap
 };
 

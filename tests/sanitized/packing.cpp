@@ -37,7 +37,7 @@ struct Inspector {
     using Arguments = cuda::UpdateArguments<C, amsgrad, bytes>;
     using T = typename C::T;
     static_assert(sizeof(Arguments) <= bytes, "too large for a launch");
-    const cuda::UpdateHeader<T>& header = arguments.header;
+    const cuda::UpdateHeader<C>& header = arguments.header;
     require(header.entry_count > 0 && header.entry_count <= Arguments::entry_capacity, "a launch's entries");
     std::int64_t units = 0;
     for (std::int32_t i = 0; i < header.entry_count; ++i, ++entries) {
@@ -50,7 +50,14 @@ struct Inspector {
               "an entry, in its place");
       if (amsgrad) require(entry.max_exp_avg_sq() == original.max_exp_avg_sq, "an entry's maximum");
       if (C::has_master) require(entry.master() == original.master, "an entry's master");
-      if (C::is_stochastic) require(entry.element_number() == original.element_number, "an entry's element number");
+      if (C::is_stochastic) {
+        require(entry.element_number() == original.element_number, "an entry's element number");
+        require((entry.places > 0) == (original.places != nullptr), "an entry's places");
+        if (entry.places > 0) {
+          require(entry.places <= header.places_count && header.places[entry.places - 1] == *original.places,
+                  "an entry's places");
+        }
+      }
       require(entry.first_unit == units, "an entry's first unit");
       units += units_of(entry.numel);
       require(entry.scalars == original.scalars, "an entry's scalars");

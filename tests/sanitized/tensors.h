@@ -39,6 +39,7 @@ struct Shape {
   Offsets offsets{};
   int other_grad = 0;  // which of the param's other gradient types; 0: its own
   std::uint64_t element_number = 0;
+  const Places* places = nullptr;
 
   const Kind& kind() const { return kinds[combination]; }
 
@@ -85,7 +86,7 @@ class Tensors {
         return shape.has(pointer) ? memory_[i * pointer_count + pointer].data() : nullptr;
       };
       entries.push_back({data(0), data(1), data(2), data(3), data(4), data(5), shape.numel, /*first_unit=*/-1,
-                         /*first_piece=*/-1, shape.element_number, shape.scalars,
+                         /*first_piece=*/-1, shape.element_number, shape.places, shape.scalars,
                          static_cast<std::uint8_t>(shape.combination), shape.grad_dtype(), shape.amsgrad});
     }
     return entries;
