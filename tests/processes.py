@@ -25,7 +25,9 @@ PRELOADED = [
     "adamw_ext",
     "pytest",
     "tests.helpers",
+    "torch._dynamo",  # DDP and FSDP load it when they are first used, which takes seconds
     "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.optim",
     "torch.distributed.tensor",
