@@ -2,8 +2,6 @@
 
 import inspect
 import os
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch import Tensor, nn
 
 import adamw_ext
 from adamw_ext.jit import FunctionalAdamW
+from tests import processes
 from tests.helpers import assert_same_bits
 
 pytestmark = [
@@ -22,29 +21,6 @@ pytestmark = [
 HYPER = {"lr": 0.1, "betas": (0.8, 0.7), "eps": 1e-3, "weight_decay": 0.2, "amsgrad": True}
 PROCESSES = 2
 STEPS = 5
-SECONDS = 60.0  # a process that takes longer hangs
-
-
-def run_processes(work: Callable[..., None], *arguments: object) -> None:
-    """Call work(rank, *arguments) in processes of their own; raises what they raise, and ends those that hang."""
-    context = torch.multiprocessing.spawn(
-        in_process, (work, *map(str, arguments)), nprocs=PROCESSES, join=False, daemon=True
-    )
-    deadline = time.monotonic() + SECONDS
-    try:
-        while not context.join(timeout=1.0):
-            assert time.monotonic() < deadline, f"{work.__name__} hangs"
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-
-
-def in_process(rank: int, work: Callable[..., None], *arguments: str) -> None:
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", TP_SOCKET_IFNAME="lo")
-    torch.set_num_threads(1)
-    work(rank, *arguments)
-    os._exit(0)
 
 
 def make_net() -> nn.Sequential:
@@ -97,12 +73,13 @@ def assert_runs_functional(optimizer: object) -> None:
     assert "adamw_ext::adamw_" in str(step.inlined_graph)
 
 
-def train_over_rpc(rank: int, folder: str) -> None:
+def train_over_rpc() -> None:
     import torch.distributed.autograd as dist_autograd
     from torch.distributed import rpc
     from torch.distributed.optim import DistributedOptimizer
 
-    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{folder}/store", rpc_timeout=SECONDS)
+    rank = int(os.environ["RANK"])
+    options = rpc.TensorPipeRpcBackendOptions(init_method=processes.rendezvous(), rpc_timeout=60.0)
     rpc.init_rpc(f"worker{rank}", rank=rank, world_size=PROCESSES, rpc_backend_options=options)
     if rank == 0:
         owners = ["worker0", "worker1", "worker1"]
@@ -128,15 +105,11 @@ def train_over_rpc(rank: int, folder: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch._C, "_rpc_init"), reason="this torch is built without RPC")
-def test_distributed_optimizer_gives_the_bits_of_a_local_run(tmp_path):
-    run_processes(train_over_rpc, tmp_path)
+def test_distributed_optimizer_gives_the_bits_of_a_local_run():
+    processes.run(train_over_rpc, PROCESSES, backend=None)
 
 
 # --- DDP -------------------------------------------------------------------------------------------------------------
-
-
-def start_gloo(rank: int, folder: str, backend: str = "gloo") -> None:
-    torch.distributed.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
 
 
 # DDP's destructor holds the interpreter lock and waits for gloo's threads, one of which may wait for that lock to drop
@@ -151,8 +124,9 @@ def wrap(net: nn.Module) -> nn.parallel.DistributedDataParallel:
     return ddp
 
 
-def train_plain(rank: int, idle_steps: int = 0) -> nn.Module:
+def train_plain(idle_steps: int = 0) -> nn.Module:
     """DDP and the optimizer class after backward, which is what the others must give the bits of."""
+    rank = torch.distributed.get_rank()
     net = make_net()
     ddp = wrap(net)
     optimizer = adamw_ext.AdamW(net.parameters(), **HYPER)
@@ -165,9 +139,9 @@ def train_plain(rank: int, idle_steps: int = 0) -> nn.Module:
     return net
 
 
-def train_with_optimizer_in_the_hook(rank: int, folder: str) -> None:
-    start_gloo(rank, folder)
-    expected = train_plain(rank)
+def train_with_optimizer_in_the_hook() -> None:
+    rank = torch.distributed.get_rank()
+    expected = train_plain()
 
     net = make_net()
     ddp = wrap(net)
@@ -192,11 +166,11 @@ def train_with_optimizer_in_the_hook(rank: int, folder: str) -> None:
     assert [state["step"].item() for state in functional.state.values()] == [STEPS] * 6
 
 
-def test_ddp_with_the_optimizer_in_its_hook_gives_the_bits_of_a_step_after_backward(tmp_path):
-    run_processes(train_with_optimizer_in_the_hook, tmp_path)
+def test_ddp_with_the_optimizer_in_its_hook_gives_the_bits_of_a_step_after_backward():
+    processes.run(train_with_optimizer_in_the_hook, PROCESSES)
 
 
-def train_with_overlapping_zero(rank: int, folder: str) -> None:
+def train_with_overlapping_zero() -> None:
     """torch refuses gloo by its name here, because collectives of the interleaved hook may start in another order on
     another rank. This hook starts them in one order, so that the check is all that keeps it from the CPU: gloo under
     another name passes.
@@ -209,8 +183,9 @@ def train_with_overlapping_zero(rank: int, folder: str) -> None:
         return torch.distributed.ProcessGroupGloo(store, group_rank, group_size, timeout=timeout)
 
     torch.distributed.Backend.register_backend("renamed_gloo", make_gloo, devices=["cpu"])
-    start_gloo(rank, folder, "renamed_gloo")
-    expected = train_plain(rank, idle_steps=2)  # those in which the hook learns DDP's buckets
+    processes.start_group("renamed_gloo")
+    rank = torch.distributed.get_rank()
+    expected = train_plain(idle_steps=2)  # those in which the hook learns DDP's buckets
 
     net = make_net()
     ddp = wrap(net)
@@ -225,8 +200,8 @@ def train_with_overlapping_zero(rank: int, folder: str) -> None:
     assert_same_bits(list(net.parameters()), list(expected.parameters()))
 
 
-def test_zero_that_overlaps_with_ddp_gives_the_bits_of_plain_ddp(tmp_path):
-    run_processes(train_with_overlapping_zero, tmp_path)
+def test_zero_that_overlaps_with_ddp_gives_the_bits_of_plain_ddp():
+    processes.run(train_with_overlapping_zero, PROCESSES, backend=None)
 
 
 # --- Steps within backward -------------------------------------------------------------------------------------------
