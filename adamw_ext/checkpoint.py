@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adamw_ext import _C
 from adamw_ext.optimizer import STORAGE_OPTIONS, check_options, param_name
+from adamw_ext.sharded import like, narrowed, part, part_of_loaded, parts
 from adamw_ext.state import (
     MASTERS,
     MOMENTS,
@@ -36,7 +37,7 @@ _LOADED = "loaded state dict"
 def export_float32(optimizer: torch.optim.AdamW) -> dict[str, Any]:
     """The optimizer's state dict in the common form, whatever its options.
 
-    Per param, as copies on the CPU: ``step`` (0-d float32), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
+    Per param, as copies on the CPU (of sharded params: DTensors placed as they are): ``step`` (0-d float32), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
     ``max_exp_avg_sq`` (float32 for 16-bit moments, others as wide as they are), and for a param with a master
     ``master_param``: float32, the number that the next step starts from. A param without a master is itself that
     number, and is not in the dict: save the model's weights beside it.
@@ -105,7 +106,9 @@ def import_float32(optimizer: torch.optim.AdamW, state_dict: dict[str, Any]) -> 
                     masters.append((param, state[number]["master_param"]))
     optimizer.load_state_dict({**state_dict, "state": fitted})
     for param, master in masters:
-        param.copy_(_C.split_master(master)[0] if param.dtype == torch.bfloat16 else master)
+        own, master = part(param), part_of_loaded(master, param, "the master")
+        own.copy_(_C.split_master(master)[0] if param.dtype == torch.bfloat16 else master)
+        torch.autograd.graph.increment_version([param])
 
 
 @dataclass(frozen=True)
@@ -289,25 +292,25 @@ def _converted_group(layout: _Layout, index: int, group: dict[str, Any]) -> dict
 
 def _widened(param: Tensor, group: dict[str, Any], items: dict[str, Any]) -> dict[str, Any]:
     """One param's state, copied to the CPU and into the common form."""
+    own, kept = part(param), wanted_master(param, group)
     widened = {}
-    for key, value in items.items():
+    for key, value in parts(items).items():
         if key == "step":
             widened[key] = torch.tensor(float(value), dtype=torch.float32)
         elif key in MOMENTS:
             widened[key] = value.detach().to("cpu", _WIDER.get(value.dtype, value.dtype), copy=True)
         elif key not in MASTERS:
             widened[key] = copy.deepcopy(value)
-    kept = wanted_master(param, group)
     if kept in items:
-        widened["master_param"] = _recalled(param, kept, items[kept])
-    return widened
+        widened["master_param"] = _recalled(own, kept, part(items[kept]))
+    return {key: like(param, value) if key in (*MOMENTS, "master_param") else value for key, value in widened.items()}
 
 
 def _recalled(param: Tensor, key: str, value: Tensor) -> Tensor:
     """The master that the next step starts from, by the rule of recall in csrc/core/rounding.h: the stored one, unless
     someone has written another value into the param."""
     if key == "param_remainder":
-        return _C.join_master(param, value)
+        return _C.join_master(param, narrowed(value))
     stored, shown = value.to("cpu", copy=True), param.detach().cpu()
     if param.dtype == torch.bfloat16:
         return _C.join_master(shown, stored.view(torch.int32).short())

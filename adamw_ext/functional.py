@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from adamw_ext.sharded import is_sharded, part, placed_grad
 from adamw_ext.state import runs_in_kernel
 
 
@@ -31,7 +32,7 @@ def adamw(
 
     Args:
         params: tensors to update, of any supported dtypes and strides, on devices that have kernels (others go through
-            torch).
+            torch). DTensors too: of these and all that belongs to them, the parts in this process.
         grads, exp_avgs, exp_avg_sqs: one tensor per param, of its shape; gradients of its dtype, moments of its dtype
             or float32 for bfloat16 and float16 params, laid out in memory as the param.
         max_exp_avg_sqs: as exp_avgs if ``amsgrad``, else anything.
@@ -76,6 +77,11 @@ def adamw(
         return
     if not params:
         return
+    sharded = [param for param in params if is_sharded(param)]
+    if sharded:
+        grads = [part(placed_grad(param, grad)) for param, grad in zip(params, grads, strict=True)]
+        lists = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = ([part(tensor) for tensor in tensors] for tensors in lists)
     operator = torch.ops.adamw_ext.adamw_
     (operator.tensor_lr if isinstance(lr, Tensor) else operator.default)(
         params,
@@ -94,6 +100,8 @@ def adamw(
         amsgrad=amsgrad,
         maximize=maximize,
     )
+    if sharded:
+        torch.autograd.graph.increment_version(sharded)
 
 
 def _is_for_kernel(param: Tensor, index: int) -> bool:

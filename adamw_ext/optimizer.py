@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adamw_ext import _C
 from adamw_ext.numbered import take_number
-from adamw_ext.sharded import Member, SumsOfSquares, check_placement, elements_of, place_grad
+from adamw_ext.sharded import Member, SumsOfSquares, check_placement, collectable, elements_of, place_grad
 from adamw_ext.state import (
     Carried,
     StateLoad,
@@ -252,6 +252,11 @@ class AdamW(torch.optim.AdamW):
         if sum_of_squares.is_cuda:
             return sum_of_squares.sqrt()
         return torch.tensor(math.sqrt(sum_of_squares.item()), dtype=torch.float64)  # torch's is off by a bit at times
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: groups, and references to the state. The remainders of sharded params ("split") are copies in
+        int32, which every backend can gather."""
+        return collectable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW.

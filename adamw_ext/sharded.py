@@ -58,6 +58,28 @@ def like(param: Tensor, own: Tensor) -> Tensor:
     return cast(Tensor, made)
 
 
+def collectable(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict in dtypes that processes can exchange: neither gloo nor NCCL moves int16, so remainders
+    in DTensors become int32."""
+    state = {
+        index: {key: _widened(value) for key, value in items.items()} if isinstance(items, dict) else items
+        for index, items in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _widened(value: Any) -> Any:
+    return value.to(torch.int32) if is_sharded(value) and value.dtype == torch.int16 else value
+
+
+def narrowed(value: Tensor) -> Tensor:
+    """An int32 remainder as int16; as it is, if it is none."""
+    if value.dtype != torch.int32:
+        return value
+    narrow = value.to(torch.int16)
+    return narrow if torch.equal(narrow.int(), value) else value
+
+
 def part_of_loaded(value: Tensor, param: Tensor, what: str) -> Tensor:
     """The part of a tensor from a checkpoint that belongs beside the param's. A whole tensor is cut.
 
@@ -75,10 +97,7 @@ def part_of_loaded(value: Tensor, param: Tensor, what: str) -> Tensor:
             raise ValueError(
                 f"{what} must be placed as {describe(param)}, or whole, but has shape {tuple(value.shape)}"
             )
-        whole = value.to(param.device)
-        return (
-            _dtensors().distribute_tensor(whole, param.device_mesh, param.placements, src_data_rank=None)._local_tensor
-        )
+        return cut(value.to(param.device), param, param.placements)
     if (value.shape, value.placements, value.device_mesh) != (param.shape, param.placements, param.device_mesh):
         raise ValueError(
             f"{what} must be placed as {describe(param)}, but is {describe(value)}: torch.distributed.checkpoint loads "
@@ -114,6 +133,15 @@ def place_grad(param: DTensor, grad: Tensor) -> DTensor:
         return grad.redistribute(placements=param.placements)
 
 
+def placed_grad(param: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, of a DTensor placed as that."""
+    if not is_sharded(param):
+        return grad
+    check_placement(param, "a param")
+    is_placed = is_sharded(grad) and (grad.placements, grad.device_mesh) == (param.placements, param.device_mesh)
+    return grad if is_placed else cast(Tensor, place_grad(param, grad))
+
+
 class SumsOfSquares:
     """The sums that make up the square of the gradients' global norm.
 
@@ -139,7 +167,7 @@ class SumsOfSquares:
         for dimension in cuts:
             group = mesh.get_group(dimension)
             gathered = part.new_empty(mesh.size(dimension))
-            torch.distributed.all_gather_into_tensor(gathered, part.reshape(1), group=group)
+            torch.distributed.all_gather(list(gathered.split(1)), part.reshape(1), group=group)
             part = fold(gathered)
         return part
 

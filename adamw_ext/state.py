@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from adamw_ext import _C
 from adamw_ext.sharded import describe as describe_sharded
-from adamw_ext.sharded import is_sharded, like, part, part_of_loaded, parts
+from adamw_ext.sharded import is_sharded, like, narrowed, part, part_of_loaded, parts
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTERS = {"master_param": torch.float32, "param_remainder": torch.int16}
@@ -223,6 +223,8 @@ class StateLoad:
         for key in (*MOMENTS, *MASTERS):
             if isinstance(self._loaded.get(key), Tensor):
                 self._loaded[key] = part_of_loaded(self._loaded[key], param, f"loaded state {key!r} of {name}")
+        if isinstance(self._loaded.get("param_remainder"), Tensor):
+            self._loaded["param_remainder"] = narrowed(self._loaded["param_remainder"])
         param, existing = self._param, self._existing
         if self._loaded and not is_step(self._loaded.get("step"), param):
             found = describe(self._loaded.get("step", "missing"))

@@ -576,6 +576,7 @@ EDITS: dict[str, tuple[Callable[[Tensor], object], str]] = {
     "float64": (lambda master: master.double(), "must have dtype"),
     "float16": (lambda master: master.half(), "must have dtype"),
     "int32": (lambda master: master.int(), "must have dtype"),
+    "int64": (lambda master: master.long(), "must have dtype"),
     "another shape": (lambda master: torch.zeros(2, 3, dtype=master.dtype), r"must have sizes \[5\]"),
     "longer": (lambda master: torch.zeros(6, dtype=master.dtype), r"must have sizes \[5\]"),
     "empty": (lambda master: master[:0], r"must have sizes \[5\]"),
@@ -804,7 +805,7 @@ def test_masters_are_not_loaded_into_a_group_without_them(dtype: torch.dtype, mo
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("edit", ["float64", "int32", "another shape", "meta", "sparse", "a number", "a list"])
+@pytest.mark.parametrize("edit", ["float64", "int64", "another shape", "meta", "sparse", "a number", "a list"])
 def test_a_loaded_master_that_does_not_fit_is_refused_and_nothing_changes(mode: str, edit: str) -> None:
     params, optimizer = two_params(mode)
     before, masters = all_of(params, optimizer), [master_of(optimizer, param) for param in params]
