@@ -25,8 +25,8 @@ class DeviceNumbers:
 class Stepper:
     """The tensor table over one optimizer's params and state; see csrc/torch/stepper.h.
 
-    ``place_grad(param, grad)`` places the gradient of a DTensor as the param; ``complete_sum(number, part)`` adds up a
-    sum of squares over processes; see adamw_ext/sharded.py.
+    ``place_grad(param, grad, name)`` places the gradient of a DTensor as the param; ``complete_sum(number, part)`` adds
+    up a sum of squares over processes; see adamw_ext/sharded.py.
     """
 
     units_per_chunk: int
@@ -39,7 +39,7 @@ class Stepper:
         mirror: HyperMirror,
         skips: DeviceNumbers,
         norms: DeviceNumbers,
-        place_grad: Callable[[Tensor, Tensor], Tensor],
+        place_grad: Callable[[Tensor, Tensor, str], Tensor],
         complete_sum: Callable[[int, Tensor], Tensor],
     ) -> None: ...
     def step(

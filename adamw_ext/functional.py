@@ -79,7 +79,8 @@ def adamw(
         return
     sharded = [param for param in params if is_sharded(param)]
     if sharded:
-        grads = [part(placed_grad(param, grad)) for param, grad in zip(params, grads, strict=True)]
+        pairs = enumerate(zip(params, grads, strict=True))
+        grads = [part(placed_grad(param, grad, f"params[{i}]")) for i, (param, grad) in pairs]
         lists = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
         params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = ([part(tensor) for tensor in tensors] for tensors in lists)
     operator = torch.ops.adamw_ext.adamw_

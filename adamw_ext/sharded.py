@@ -118,7 +118,7 @@ def check_placement(param: Tensor, name: str) -> None:
         raise RuntimeError(f"{name} must be sharded or replicated, but is {describe(param)}: its parts are summands")
 
 
-def place_grad(param: DTensor, grad: Tensor) -> DTensor:
+def place_grad(param: DTensor, grad: Tensor, name: str) -> DTensor:
     """The gradient, placed as the param: of params that all processes have, tensor parallelism leaves summands. A
     collective, as in torch's own optimizers.
 
@@ -126,20 +126,24 @@ def place_grad(param: DTensor, grad: Tensor) -> DTensor:
         RuntimeError: it is no DTensor, or lies on other processes.
     """
     if not is_sharded(grad):
-        raise RuntimeError(f"the gradient of {describe(param)} must be a DTensor, but is a {torch.typename(grad)}")
+        raise RuntimeError(
+            f"the gradient of {name}, {describe(param)}, must be a DTensor, but is a {type(grad).__name__}"
+        )
     if grad.device_mesh != param.device_mesh or grad.shape != param.shape:
-        raise RuntimeError(f"the gradient of {describe(param)} must lie on the same processes, but is {describe(grad)}")
+        raise RuntimeError(
+            f"the gradient of {name}, {describe(param)}, must lie on the same processes, but is {describe(grad)}"
+        )
     with torch.no_grad():
         return grad.redistribute(placements=param.placements)
 
 
-def placed_grad(param: Tensor, grad: Tensor) -> Tensor:
+def placed_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
     """The gradient, of a DTensor placed as that."""
     if not is_sharded(param):
         return grad
-    check_placement(param, "a param")
+    check_placement(param, name)
     is_placed = is_sharded(grad) and (grad.placements, grad.device_mesh) == (param.placements, param.device_mesh)
-    return grad if is_placed else cast(Tensor, place_grad(param, grad))
+    return grad if is_placed else cast(Tensor, place_grad(param, grad, name))
 
 
 class SumsOfSquares:

@@ -191,8 +191,8 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void visit_grad(void* grad, DType dtype, std::int6
 template <class T>
 struct UpdateOptions {
   const StepScalars<T>& scalars;
-  bool forgetful;     // what forgets_fast says of the scalars
-  bool writes_grads;  // gradients are unscaled in place
+  bool forgetful;        // what forgets_fast says of the scalars
+  bool writes_grads;     // gradients are unscaled in place
   const Places* places;  // of the entry's elements, or null
 };
 

@@ -90,8 +90,10 @@ class GroupReader {
 
   Flags flags() {
     const Keys& k = keys();
-    return {to_bool(get(k.capturable), k.capturable), to_bool(get(k.differentiable), k.differentiable),
-            to_bool(get(k.fused), k.fused), to_master(find(k.master_weights)),
+    return {to_bool(get(k.capturable), k.capturable),
+            to_bool(get(k.differentiable), k.differentiable),
+            to_bool(get(k.fused), k.fused),
+            to_master(find(k.master_weights)),
             to_bool(find(k.stochastic_rounding), k.stochastic_rounding) ? Rounding::stochastic : Rounding::nearest,
             !find(k.max_grad_norm).is_none()};
   }
@@ -208,8 +210,8 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
     if (places[0] < 1 || places[0] > most || places[1] < 1 || places[1] > most) {
       throw py::value_error("a member's places must be of at least 1 and less than 2**32 elements and rows");
     }
-    member.places = Places{static_cast<std::uint32_t>(places[0]), static_cast<std::uint32_t>(places[1]), places[2],
-                           places[3]};
+    member.places =
+        Places{static_cast<std::uint32_t>(places[0]), static_cast<std::uint32_t>(places[1]), places[2], places[3]};
   }
   member.sum = fields[7].cast<std::int32_t>();
   if (member.sum < 0) throw py::value_error("a member's sum must not be negative");
@@ -253,14 +255,15 @@ class Sharded {
       const py::object param = fields[0];
       const bool is_sharded = is_dtensor(param.ptr());
       any_ |= is_sharded;
-      params_.push_back({unpack(param.ptr()).unsafeGetTensorImpl(), is_sharded ? spec_of(param.ptr()) : py::object()});
+      params_.push_back({unpack(param.ptr()).unsafeGetTensorImpl(), is_sharded ? spec_of(param.ptr()) : py::object(),
+                         py::object(fields[3])});
     }
   }
 
   bool any() const { return any_; }
 
-  // Each member's gradient, or the part of it that is here. place(param, grad) brings a DTensor that is placed otherwise
-  // than its param, or another tensor, into place, or raises. Returns whether it was called.
+  // Each member's gradient, or the part of it that is here. place(param, grad, name) brings a DTensor that is placed
+  // otherwise than its param, or another tensor, into place, or raises. Returns whether it was called.
   bool read_grads(const py::object& place, std::vector<at::Tensor>& grads) const {
     bool placed = false;
     for (const Param& param : params_) {
@@ -281,6 +284,7 @@ class Sharded {
   struct Param {
     c10::TensorImpl* tensor;
     py::object spec;  // of a DTensor
+    py::object name;
   };
 
   static at::Tensor part_of_grad(const Param& param, const at::Tensor& grad, const py::object& place, bool& placed) {
@@ -289,7 +293,7 @@ class Sharded {
       placed = true;
       using TensorPtr = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
       const at::Tensor owner(TensorPtr::reclaim_copy(param.tensor));
-      object = place(py::reinterpret_steal<py::object>(wrap(owner)), object);
+      object = place(py::reinterpret_steal<py::object>(wrap(owner)), object, param.name);
     }
     return unpack(part_of(object.ptr()).ptr());
   }

@@ -83,10 +83,9 @@ Stepper::Stepper(const std::vector<Member>& members) : tuning{cpu::choose_isa()}
 
 Stepper::Bucket& Stepper::bucket_of(const Member& member) {
   const c10::Device device = member.param.device();
-  auto bucket = std::find_if(buckets_.begin(), buckets_.end(),
-                             [&](const Bucket& b) {
-                               return b.device == device && b.deferred == member.deferred && b.sum == member.sum;
-                             });
+  auto bucket = std::find_if(buckets_.begin(), buckets_.end(), [&](const Bucket& b) {
+    return b.device == device && b.deferred == member.deferred && b.sum == member.sum;
+  });
   if (bucket == buckets_.end()) {
     TORCH_CHECK(has_kernels(device.type()), member.name, " must be a strided CPU tensor in this build, but has ",
                 describe(*member.param.unsafeGetTensorImpl()));

@@ -83,8 +83,8 @@ class ADAMW_EXT_API Stepper {
 
   // `skip`: found_inf says so. `needs_state`: a parameter without state has a gradient; make a new stepper.
   Ready prepare(const StepInputs& inputs);
-  // The norm of the gradients, if any group clips them. Calls complete(sum, part) for each sum other than 0 that members
-  // have, rising, whatever has a gradient.
+  // The norm of the gradients, if any group clips them. Calls complete(sum, part) for each sum other than 0 that
+  // members have, rising, whatever has a gradient.
   void measure(const CompleteSum& complete = {});
   void run();
   void finish();
