@@ -230,10 +230,11 @@ class AdamW(torch.optim.AdamW):
         CUDA param, ``capturable`` or ``fused``), else on the CPU. Reading it waits for nothing. Steps that a
         ``GradScaler`` leaves out without calling :meth:`step`, as it does where ``fused`` is not set, are not counted.
         """
-        group = next(group for group in self.param_groups if group["params"])
-        device = group["params"][0].device
-        on_device = device.type == "cuda" and (group["capturable"] or group["fused"])
-        return self._skips.on(str(device) if on_device else "cpu")
+        for group in self.param_groups:
+            for param in group["params"][:1]:
+                counts = param.is_cuda and (group["capturable"] or group["fused"])
+                return self._skips.on(str(param.device) if counts else "cpu")
+        return self._skips.on("cpu")  # ZeroRedundancyOptimizer leaves a rank without params
 
     @property
     def grad_norm(self) -> Tensor:

@@ -1,46 +1,43 @@
 #include "dtensor.h"
 
+#include <structmember.h>
+
 namespace py = pybind11;
 
 namespace adamw_ext::python {
+
+DTensorClass dtensor_class;
+
 namespace {
 
-PyTypeObject* dtensor_class = nullptr;
-
-py::object attribute(PyObject* object, PyObject* name) {
-  PyObject* value = PyObject_GetAttr(object, name);
-  if (value == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(value);
+Py_ssize_t offset_of(const py::object& type, const char* name) {
+  const py::object descriptor = type.attr(name);
+  if (Py_IS_TYPE(descriptor.ptr(), &PyMemberDescr_Type)) {
+    const PyMemberDef* member = reinterpret_cast<PyMemberDescrObject*>(descriptor.ptr())->d_member;
+    if (member->type == T_OBJECT_EX) return member->offset;
+  }
+  throw py::type_error(std::string("this torch's DTensor does not have '") + name +
+                       "' in its __slots__: adamw_ext has to be adapted to it");
 }
 
 }  // namespace
 
 void find_dtensor_class() {
-  if (dtensor_class != nullptr) return;
+  if (dtensor_class.type != nullptr) return;
   const auto name = py::str("torch.distributed.tensor");
   const auto module = py::reinterpret_steal<py::object>(PyImport_GetModule(name.ptr()));
   if (!module || !py::hasattr(module, "DTensor")) return PyErr_Clear();
-  dtensor_class = reinterpret_cast<PyTypeObject*>(py::object(module.attr("DTensor")).release().ptr());
+  py::object type = module.attr("DTensor");
+  dtensor_class.local_tensor = offset_of(type, "_local_tensor");
+  dtensor_class.spec = offset_of(type, "_spec");
+  dtensor_class.type = reinterpret_cast<PyTypeObject*>(type.release().ptr());
 }
 
-bool is_dtensor(PyObject* object) { return dtensor_class != nullptr && PyObject_TypeCheck(object, dtensor_class); }
-
-py::object part_of(PyObject* tensor) {
-  static PyObject* const name = PyUnicode_InternFromString("_local_tensor");
-  return is_dtensor(tensor) ? attribute(tensor, name) : py::reinterpret_borrow<py::object>(tensor);
-}
-
-py::object spec_of(PyObject* dtensor) {
-  static PyObject* const name = PyUnicode_InternFromString("_spec");
-  return attribute(dtensor, name);
-}
-
-bool same_placement(const py::object& spec, const py::object& other) {
-  static PyObject* const placements = PyUnicode_InternFromString("placements");
-  static PyObject* const mesh = PyUnicode_InternFromString("mesh");
-  if (spec.is(other)) return true;
-  return attribute(spec.ptr(), placements).equal(attribute(other.ptr(), placements)) &&
-         attribute(spec.ptr(), mesh).equal(attribute(other.ptr(), mesh));
+bool same_placement(PyObject* spec, PyObject* other) {
+  if (spec == other) return true;
+  const py::handle a(spec), b(other);
+  return py::object(a.attr("placements")).equal(b.attr("placements")) &&
+         py::object(a.attr("mesh")).equal(b.attr("mesh"));
 }
 
 }  // namespace adamw_ext::python

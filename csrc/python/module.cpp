@@ -177,14 +177,17 @@ class GroupReader {
   bool ran_python_ = false;
 };
 
-at::Tensor to_tensor(py::handle object, const std::string& name) {
+const at::Tensor& to_tensor(py::handle object, const std::string& name) {
   if (is_tensor(object.ptr())) return unpack(object.ptr());
   throw py::type_error(name + " must be a tensor, but is " + std::string(py::repr(object)));
 }
 
 // The tensor, or of a DTensor the part that is here.
-at::Tensor to_part(py::handle object, const std::string& name) {
-  return unpack(part_of(py::reinterpret_steal<py::object>(wrap(to_tensor(object, name))).ptr()).ptr());
+const at::Tensor& to_part(py::handle object, const std::string& name) {
+  if (!is_dtensor(object.ptr())) return to_tensor(object, name);
+  PyObject* part = local_tensor_of(object.ptr());
+  if (part == nullptr || !is_tensor(part)) throw py::type_error(name + " has no part in this process");
+  return unpack(part);
 }
 
 at::Tensor to_optional_tensor(py::handle object, const char* name) {
@@ -246,6 +249,40 @@ std::vector<Flags> read_flags(const py::list& param_groups) {
   return flags;
 }
 
+// The gradients of one step. Their Python objects are kept, which keep them: a further C++ owner of a tensor that
+// Python has costs a detour through Python.
+class Grads {
+ public:
+  ~Grads() { clear(); }
+
+  // A tensor, of a DTensor the part that is here; None: no gradient.
+  void add(const py::object& grad) {
+    if (grad.is_none()) {
+      list_.emplace_back();
+      return;
+    }
+    const bool is_sharded = is_dtensor(grad.ptr());
+    auto object = is_sharded ? py::reinterpret_borrow<py::object>(local_tensor_of(grad.ptr())) : grad;
+    if (!object) throw py::type_error("a gradient has no part in this process");
+    list_.push_back(Borrowing::createBorrow(to_tensor(object, "a gradient")));
+    objects_.push_back(std::move(object));
+  }
+
+  void clear() {
+    for (at::Tensor& grad : list_) Borrowing::destroyBorrow(grad);
+    list_.clear();
+    objects_.clear();
+  }
+
+  at::TensorList list() const { return list_; }
+
+ private:
+  using Borrowing = c10::MaybeOwnedTraits<at::Tensor>;
+
+  std::vector<at::Tensor> list_;
+  std::vector<py::object> objects_;
+};
+
 // The params of a stepper some of which are DTensors.
 class Sharded {
  public:
@@ -255,8 +292,12 @@ class Sharded {
       const py::object param = fields[0];
       const bool is_sharded = is_dtensor(param.ptr());
       any_ |= is_sharded;
-      params_.push_back({unpack(param.ptr()).unsafeGetTensorImpl(), is_sharded ? spec_of(param.ptr()) : py::object(),
-                         py::object(fields[3])});
+      py::object spec;
+      if (is_sharded) {
+        spec = py::reinterpret_borrow<py::object>(spec_of(param.ptr()));
+        if (!spec) throw py::type_error(fields[3].cast<std::string>() + " is a DTensor without a placement");
+      }
+      params_.push_back({unpack(param.ptr()).unsafeGetTensorImpl(), std::move(spec), fields[3]});
     }
   }
 
@@ -264,19 +305,27 @@ class Sharded {
 
   // Each member's gradient, or the part of it that is here. place(param, grad, name) brings a DTensor that is placed
   // otherwise than its param, or another tensor, into place, or raises. Returns whether it was called.
-  bool read_grads(const py::object& place, std::vector<at::Tensor>& grads) const {
+  bool read_grads(const py::object& place, Grads& grads) const {
     bool placed = false;
     for (const Param& param : params_) {
       const at::Tensor& grad = param.tensor->grad();
-      grads.push_back(param.spec && grad.defined() ? part_of_grad(param, grad, place, placed) : grad);
+      auto object = grad.defined() ? py::reinterpret_steal<py::object>(wrap(grad)) : py::none();
+      if (param.spec && grad.defined()) {
+        PyObject* spec = is_dtensor(object.ptr()) ? spec_of(object.ptr()) : nullptr;
+        if (spec == nullptr || !same_placement(param.spec.ptr(), spec)) {
+          placed = true;
+          object = place(wrapped(param.tensor), object, param.name);
+        }
+      }
+      grads.add(object);
     }
     return placed;
   }
 
   // A write to a part does not count as one to its DTensor.
-  void bump_versions(const std::vector<at::Tensor>& grads) const {
+  void bump_versions(const Grads& grads) const {
     for (std::size_t i = 0; i < params_.size(); ++i) {
-      if (params_[i].spec && grads[i].defined()) params_[i].tensor->bump_version();
+      if (params_[i].spec && grads.list()[i].defined()) params_[i].tensor->bump_version();
     }
   }
 
@@ -287,15 +336,9 @@ class Sharded {
     py::object name;
   };
 
-  static at::Tensor part_of_grad(const Param& param, const at::Tensor& grad, const py::object& place, bool& placed) {
-    auto object = py::reinterpret_steal<py::object>(wrap(grad));
-    if (!is_dtensor(object.ptr()) || !same_placement(param.spec, spec_of(object.ptr()))) {
-      placed = true;
-      using TensorPtr = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-      const at::Tensor owner(TensorPtr::reclaim_copy(param.tensor));
-      object = place(py::reinterpret_steal<py::object>(wrap(owner)), object, param.name);
-    }
-    return unpack(part_of(object.ptr()).ptr());
+  static py::object wrapped(c10::TensorImpl* tensor) {
+    using TensorPtr = c10::intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
+    return py::reinterpret_steal<py::object>(wrap(at::Tensor(TensorPtr::reclaim_copy(tensor))));
   }
 
   std::vector<Param> params_;
@@ -318,7 +361,7 @@ class PythonStepper {
         complete_sum_(std::move(complete_sum)),
         groups_(param_groups.size()),
         member_count_(members.size()) {
-    watch_.remember(param_groups.ptr(), state.ptr(), sharded_.any());
+    watch_.remember(param_groups.ptr(), state.ptr());
     std::set<std::size_t> used;
     for (const py::handle member : members) used.insert(member.cast<py::tuple>()[2].cast<std::size_t>());
     used_groups_.assign(used.begin(), used.end());
@@ -343,7 +386,7 @@ class PythonStepper {
     if (ran_python && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
     const at::Tensor scale = to_optional_tensor(grad_scale, "grad_scale");
     const at::Tensor found = to_optional_tensor(found_inf, "found_inf");
-    const GradsOfStep of_step(grads_);
+    const Releasing at_the_end{grads_};
     if (grads) {
       read_grads(*grads);
     } else if (sharded_.any()) {
@@ -351,7 +394,7 @@ class PythonStepper {
       if (ran_more && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
     }
     const Stepper::Ready ready =
-        stepper_.prepare({groups_, grads_, scale, found, mirror_.get(), skips_.get(), norms_.get()});
+        stepper_.prepare({groups_, grads_.list(), scale, found, mirror_.get(), skips_.get(), norms_.get()});
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
     started_ = true;
@@ -373,10 +416,9 @@ class PythonStepper {
 
  private:
   // Gradients are held no longer than a step, also where that raises.
-  struct GradsOfStep {
-    explicit GradsOfStep(std::vector<at::Tensor>& grads) : grads(grads) { grads.clear(); }
-    ~GradsOfStep() { grads.clear(); }
-    std::vector<at::Tensor>& grads;
+  struct Releasing {
+    Grads& grads;
+    ~Releasing() { grads.clear(); }
   };
 
   void run() {
@@ -392,7 +434,7 @@ class PythonStepper {
       throw py::value_error("grads must have one entry for each of the " + std::to_string(member_count_) +
                             " members, but has " + std::to_string(list.size()));
     }
-    for (const py::handle grad : list) grads_.push_back(to_optional_tensor(grad, "a gradient"));
+    for (const py::handle grad : list) grads_.add(py::reinterpret_borrow<py::object>(grad));
   }
 
   std::vector<Flags> flags_;  // of all param groups, as when the stepper was made
@@ -403,7 +445,7 @@ class PythonStepper {
   Sharded sharded_;
   py::object place_grad_;    // see Sharded::read_grads
   py::object complete_sum_;  // CompleteSum
-  std::vector<at::Tensor> grads_;
+  Grads grads_;
   Watch watch_;
   std::vector<GroupOptions> groups_;  // of all param groups; those without a member here are never read
   std::vector<std::size_t> used_groups_;

@@ -2,6 +2,8 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
+
 #include "dtensor.h"
 
 namespace adamw_ext::python {
@@ -13,9 +15,10 @@ bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
 
 namespace {
 
-// A tensor's identity is its implementation: torch.utils.swap_tensors exchanges those under one Python object.
+// A tensor's identity is its implementation: torch.utils.swap_tensors exchanges those under one Python object. Whether
+// an object is an instance of torch.Tensor takes Python's machinery, except for the classes that come first.
 const void* identity(PyObject* object) {
-  return THPVariable_CheckExact(object) || THPVariable_Check(object)
+  return THPVariable_CheckExact(object) || is_dtensor(object) || THPVariable_Check(object)
              ? static_cast<const void*>(THPVariable_Unpack(object).unsafeGetTensorImpl())
              : static_cast<const void*>(object);
 }
@@ -38,68 +41,90 @@ template <class Visit>
 bool walk_dict(PyObject* dict, const Visit& visit) {
   PyObject *key, *value;
   for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
-    if (!visit(key) || !visit(identity(value))) return false;
+    if (!visit(key) || !visit(value) || !visit(identity(value))) return false;
   }
   return true;
 }
 #endif
 
-// A DTensor's part and spec can be replaced under it.
-template <class Visit>
-bool walk_dtensor(PyObject* object, const Visit& visit) {
-  return !is_dtensor(object) || (visit(identity(part_of(object).ptr())) && visit(spec_of(object).ptr()));
-}
-
-template <class Visit>
-bool walk_dtensors(PyObject* dict, const Visit& visit) {
-  PyObject *key, *value;
-  for (Py_ssize_t position = 0; PyDict_Next(dict, &position, &key, &value);) {
-    if (!walk_dtensor(value, visit)) return false;
-  }
-  return true;
+// A group's list of params; null if it has none.
+PyObject* params_of(PyObject* group) {
+  static PyObject* const key = PyUnicode_InternFromString("params");
+  PyObject* params = PyDict_Check(group) ? PyDict_GetItem(group, key) : nullptr;
+  return params != nullptr && PyList_Check(params) ? params : nullptr;
 }
 
 // Calls visit(identity) for each object in a fixed order until one call returns false; returns whether none did.
 template <class Visit>
-bool walk(PyObject* param_groups, PyObject* state, bool has_dtensors, const Visit& visit) {
-  static PyObject* const params_key = PyUnicode_InternFromString("params");
+bool walk(PyObject* param_groups, PyObject* state, const Visit& visit) {
   const Py_ssize_t group_count = PyList_GET_SIZE(param_groups);
   for (Py_ssize_t g = 0; g < group_count; ++g) {
-    PyObject* group = PyList_GET_ITEM(param_groups, g);
-    PyObject* params = PyDict_Check(group) ? PyDict_GetItem(group, params_key) : nullptr;
-    if (params == nullptr || !PyList_Check(params)) return visit(nullptr);
+    PyObject* params = params_of(PyList_GET_ITEM(param_groups, g));
+    if (params == nullptr) return visit(nullptr);
     const Py_ssize_t param_count = PyList_GET_SIZE(params);
     for (Py_ssize_t i = 0; i < param_count; ++i) {
       PyObject* param = PyList_GET_ITEM(params, i);
-      if (!visit(identity(param)) || (has_dtensors && !walk_dtensor(param, visit))) return false;
+      if (!visit(param) || !visit(identity(param))) return false;
     }
     if (!visit(params)) return false;  // also marks where the group ends
   }
   PyObject *owner, *items;
   for (Py_ssize_t position = 0; PyDict_Next(state, &position, &owner, &items);) {
-    if (!visit(owner) || !visit(items)) return false;
-    if (!PyDict_Check(items)) continue;
-    if (!walk_dict(items, visit) || (has_dtensors && !walk_dtensors(items, visit))) return false;
+    if (!visit(owner) || !visit(items) || (PyDict_Check(items) && !walk_dict(items, visit))) return false;
   }
   return true;
 }
 
+const void* part_identity(PyObject* dtensor) {
+  PyObject* part = local_tensor_of(dtensor);
+  return part == nullptr ? nullptr : identity(part);
+}
+
+// Calls visit(dtensor) for each DTensor of a list or among the values of a dict.
+template <class Visit>
+void for_each_dtensor(PyObject* container, const Visit& visit) {
+  if (PyList_Check(container)) {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(container); ++i) {
+      if (is_dtensor(PyList_GET_ITEM(container, i))) visit(PyList_GET_ITEM(container, i));
+    }
+  } else if (PyDict_Check(container)) {
+    PyObject *key, *value;
+    for (Py_ssize_t position = 0; PyDict_Next(container, &position, &key, &value);) {
+      if (is_dtensor(value)) visit(value);
+    }
+  }
+}
+
 }  // namespace
 
-void Watch::remember(PyObject* param_groups, PyObject* state, bool has_dtensors) {
-  has_dtensors_ = has_dtensors;
+void Watch::remember(PyObject* param_groups, PyObject* state) {
   seen_.clear();
-  walk(param_groups, state, has_dtensors_, [&](const void* object) {
+  walk(param_groups, state, [&](const void* object) {
     seen_.push_back(object);
     return true;
   });
+  dtensors_.clear();
+  const auto remember_parts = [&](PyObject* dtensor) {
+    dtensors_.push_back({dtensor, part_identity(dtensor), spec_of(dtensor)});
+  };
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(param_groups); ++g) {
+    PyObject* params = params_of(PyList_GET_ITEM(param_groups, g));
+    if (params != nullptr) for_each_dtensor(params, remember_parts);
+  }
+  PyObject *owner, *items;
+  for (Py_ssize_t position = 0; PyDict_Next(state, &position, &owner, &items);) {
+    for_each_dtensor(items, remember_parts);
+  }
 }
 
 bool Watch::matches(PyObject* param_groups, PyObject* state) const {
   auto expected = seen_.begin();
   const auto end = seen_.end();
   const auto is_expected = [&](const void* object) { return expected != end && *expected++ == object; };
-  return walk(param_groups, state, has_dtensors_, is_expected) && expected == end;
+  return walk(param_groups, state, is_expected) && expected == end &&
+         std::all_of(dtensors_.begin(), dtensors_.end(), [](const Whole& whole) {
+           return part_identity(whole.dtensor) == whole.part && spec_of(whole.dtensor) == whole.spec;
+         });
 }
 
 }  // namespace adamw_ext::python

@@ -21,13 +21,19 @@ class Watch {
  public:
   // Remembers every param of every group, and every item of the state. Borrows: the stepper's weak references see to
   // it that no other tensor can come to stand at a remembered address.
-  // has_dtensors: whether some of them may be DTensors, whose parts are then remembered too.
-  void remember(PyObject* param_groups, PyObject* state, bool has_dtensors);
+  void remember(PyObject* param_groups, PyObject* state);
   bool matches(PyObject* param_groups, PyObject* state) const;
 
  private:
+  // A DTensor's part and spec can be replaced under it.
+  struct Whole {
+    PyObject* dtensor;  // as long as what was seen is there
+    const void* part;
+    PyObject* spec;
+  };
+
   std::vector<const void*> seen_;
-  bool has_dtensors_ = false;
+  std::vector<Whole> dtensors_;
 };
 
 }  // namespace adamw_ext::python

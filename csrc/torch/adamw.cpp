@@ -193,7 +193,7 @@ struct AdamW::Impl {
   // False: a param without state has a gradient.
   bool try_step(at::TensorList grads, const at::Tensor& grad_scale, const at::Tensor& found_inf) {
     started = false;
-    switch (stepper->prepare({step_options, grads, grad_scale, found_inf, &mirror, &skips, &norms})) {
+    switch (stepper->prepare({step_options, grads, grad_scale, found_inf, &mirror, &skips, &norms, !grads.empty()})) {
       case Stepper::Ready::needs_state:
         return false;
       case Stepper::Ready::skip:

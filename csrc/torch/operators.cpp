@@ -69,9 +69,14 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
   }
   Stepper stepper(members);
   const at::Tensor undefined;
-  const StepInputs inputs{
-      groups,  grads,  grad_scale ? *grad_scale : undefined, found_inf ? *found_inf : undefined, nullptr,
-      nullptr, nullptr};
+  const StepInputs inputs{groups,
+                          grads,
+                          grad_scale ? *grad_scale : undefined,
+                          found_inf ? *found_inf : undefined,
+                          nullptr,
+                          nullptr,
+                          nullptr,
+                          /*is_shared=*/true};
   if (stepper.prepare(inputs) != Stepper::Ready::run) return;
   stepper.run();
   stepper.finish();

@@ -155,8 +155,7 @@ Stepper::Ready Stepper::prepare(const StepInputs& inputs) {
     if (!bucket.active) continue;
     bucket.executor->reserve(std::max(bucket.entries.size(), scalars_.size()), clips_ ? bucket.piece_count : 0);
   }
-  // Operators are called without the interpreter lock, so whatever their length other threads may run.
-  if (is_long() || !inputs.grads.empty()) pin(inputs.grads);
+  if (is_long() || inputs.is_shared || (clips_ && last_sum_ > 0)) pin(inputs.grads);
   return Ready::run;
 }
 

@@ -70,6 +70,7 @@ struct StepInputs {
   HyperMirror* mirror;           // null: a captured step keeps the numbers of its groups
   DeviceNumbers* skips;          // null: skipped steps are not counted
   DeviceNumbers* norms;          // null: nothing is clipped
+  bool is_shared = false;        // other threads may replace tensors while the step runs, however short it is
 };
 
 // The whole of the sum of squares with this number, of which this process has a part.
