@@ -2,7 +2,7 @@
 
 Each run is a process of its own, on Linux. Tensors are counted by torch's profiler, exactly; resident memory is what
 the kernel says the process needed at most, beyond what it had before the model was made. The host time of a step is
-that of calls of ``step()`` over 1,000 params of 64 elements, in interleaved rounds.
+the processor time of calls of ``step()`` over 1,000 params of 64 elements, in interleaved rounds.
 """
 
 import argparse
@@ -90,9 +90,10 @@ def measure(work: Work, way: str) -> dict[str, float]:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    begin = time.perf_counter()
+    """Of this thread on a processor: what others do on the machine is left out."""
+    begin = time.thread_time()
     work()
-    return time.perf_counter() - begin
+    return time.thread_time() - begin
 
 
 def status_bytes(field: str) -> int:
@@ -156,8 +157,8 @@ def markdown(result: dict[str, Any]) -> str:
         after, within = (row[way] for way in WAYS)
         cells = [row["title"], *(f"{after[key] / 1e6:.0f}" for key in ("kept_bytes", "gradient_bytes"))]
         for key in ("peak_tensor_bytes", "peak_resident_bytes"):
-            share = within[key] / after[key] - 1
-            cells.append(f"{after[key] / 1e6:.0f} → {within[key] / 1e6:.0f} ({100 * share:+.0f}%)")
+            percent = round(100 * (within[key] / after[key] - 1))
+            cells.append(f"{after[key] / 1e6:.0f} → {within[key] / 1e6:.0f} ({percent:+d}%)")
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
@@ -165,8 +166,8 @@ def markdown(result: dict[str, Any]) -> str:
         "nothing. The embedding of these models is their head too: at the end of backward both of its gradients and "
         "their sum are alive, three times 154 MB with GPT-2's 50,257 tokens in float32.",
         "",
-        f"Host time of a step of {PARAMS:,} params of {ELEMENTS} float32 elements on one thread, median of {ROUNDS} "
-        "interleaved rounds, quartiles in brackets:",
+        f"Host time (of the processor, one thread) of a step of {PARAMS:,} params of {ELEMENTS} float32 elements, "
+        f"median of {ROUNDS} interleaved rounds, quartiles in brackets:",
         "",
         "| optimizers | µs for each param |",
         "| --- | --- |",

@@ -43,6 +43,7 @@ def step_in_backward(groups: Iterable[dict[str, Any]], **options: Any) -> list[A
         for param in group["params"]:
             seed = {"seed": own.get("seed", 0) + len(optimizers)} if own.get("stochastic_rounding") else {}
             optimizer = AdamW([{**group, **seed, "params": [param]}], **options)
+            optimizer.init_state()  # made in backward, it would lie scattered among what backward frees
             param.register_post_accumulate_grad_hook(partial(step_and_free, optimizer))
             optimizers.append(optimizer)
     return optimizers
