@@ -265,6 +265,11 @@ def test_a_param_that_some_replicas_use_steps_on_all_and_counts_its_own_steps(bu
 
 # --- Options of the optimizer ----------------------------------------------------------------------------------------
 
+
+def id_of(options: dict[str, Any]) -> str:
+    return "-".join(f"{key}_{value}" for key, value in options.items())
+
+
 OPTIONS: list[dict[str, Any]] = [
     {"moment_dtype": torch.float32},
     {"master_weights": "fp32"},
@@ -279,13 +284,15 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("options", OPTIONS, ids=id_of)
 def test_every_mode_keeps_replicas_equal(options: dict[str, Any]) -> None:
     trainings = processes.run(train, PROCESSES, torch.bfloat16, options, gradient_as_bucket_view=True)
     assert_replicas_agree(trainings)
     assert_same_as_one_process(trainings[0], torch.bfloat16, options)
     state, _ = trainings[0]
-    assert all(not torch.equal(state[name], param) for name, param in Net(torch.bfloat16).named_parameters())
+    for name, param in Net(torch.bfloat16).named_parameters():
+        assert not torch.equal(state[name], param)
+        assert state[f"{name} step"] == STEPS + 2  # two more to look for allocations
 
 
 def train_scaled() -> tuple[dict[str, Tensor], int, float]:

@@ -156,7 +156,7 @@ def test_gradients_are_not_alive_together() -> None:
 
 
 def test_the_example_trains_both_ways_with_the_same_bits() -> None:
-    command = [sys.executable, "-m", "examples.in_backward", "--short", "--steps", "4", "--batch", "1"]
+    command = [sys.executable, "-m", "examples.in_backward", "--short", "--steps", "3", "--batch", "1"]
     run = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "the same bits" in run.stdout

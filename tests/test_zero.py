@@ -145,6 +145,8 @@ def step_with_more_ranks_than_params() -> tuple[list[Tensor], int]:
 def test_a_rank_without_params_steps_along() -> None:
     groups = make_groups(torch.float32, [(3, 5), (4,)])
     train(AdamW(groups, **HYPER), groups, range(STEPS))
+    starts = params_of(make_groups(torch.float32, [(3, 5), (4,)]))
+    assert all(not torch.equal(param, start) for param, start in zip(params_of(groups), starts, strict=True))
     results = processes.run(step_with_more_ranks_than_params, 3)
     assert [held for _, held in results] == [1, 1, 0]
     for params, _ in results:
@@ -272,5 +274,7 @@ def test_resumed_shards_round_as_if_never_stopped(tmp_path: Path) -> None:
     processes.run(resume_sharded, 2, torch.bfloat16, ROUNDED, parts, [3, 4, 5])
     expected, found = torch.load(whole, weights_only=True), torch.load(parts, weights_only=True)
     assert_same_bits(found["params"], expected["params"])
+    starts = params_of(make_groups(torch.bfloat16))
+    assert all(not torch.equal(param, start) for param, start in zip(found["params"], starts, strict=True))
     expected_state, found_state = state_tensors(expected["optimizer"]), state_tensors(found["optimizer"])
     assert_same_bits(list(found_state.values()), list(expected_state.values()))
