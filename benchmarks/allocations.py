@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,18 @@ def allocated_bytes(step: Step, device: str) -> int:
     events = profiler.kineto_results.events()
     host = [event for event in events if event.name() == "[memory]" and event.device_type() == DeviceType.CPU]
     return sum(max(0, event.nbytes()) for event in host) + device_bytes(device) - before
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """How many bytes of the CPU tensors that work makes are alive at once, at most."""
+    with quiet_stderr(), profile(profile_memory=True, use_kineto=False) as profiler:
+        work()
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()  # negative where memory is freed
+        peak = max(peak, alive)
+    return peak
 
 
 def device_bytes(device: str) -> int:
