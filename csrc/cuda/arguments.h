@@ -134,8 +134,8 @@ ADAMW_EXT_HD inline void update_chunk(const UpdateHeader<C>& header, const Updat
                      const StepScalars<T> scalars = header.device_scalars != nullptr
                                                         ? header.device_scalars[entry.scalars].as(T())
                                                         : header.scalars[entry.scalars];
-                     const Places* places = nullptr;
-                     if (C::is_stochastic && entry.places > 0) places = &header.places[entry.places - 1];
+                     Places places{};
+                     if (C::is_stochastic && entry.places > 0) places = header.places[entry.places - 1];
                      const UpdateOptions<T> options{scalars, forgets_fast(scalars), header.writes_grads, places};
                      update_segment(entry, from, to, thread, threads, options);
                    });

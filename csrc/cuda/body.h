@@ -191,9 +191,9 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void visit_grad(void* grad, DType dtype, std::int6
 template <class T>
 struct UpdateOptions {
   const StepScalars<T>& scalars;
-  bool forgetful;        // what forgets_fast says of the scalars
-  bool writes_grads;     // gradients are unscaled in place
-  const Places* places;  // of the entry's elements, or null
+  bool forgetful;     // what forgets_fast says of the scalars
+  bool writes_grads;  // gradients are unscaled in place
+  Places places;      // of the entry's elements; run 0: they follow each other
 };
 
 // The random words of the elements of a packet. Each is taken apart only where it is used, to hold few registers.
@@ -203,12 +203,12 @@ struct PacketWords {
 
   // The packet's first element is `index` of those whose first one has this number.
   ADAMW_EXT_HD ADAMW_EXT_INLINE void fill(const RandomKey& key, std::uint64_t element_number, std::uint64_t index,
-                                          const Places* places) {
+                                          const Places& places) {
     RandomBlock block{};
     std::uint64_t last = 0;
     ADAMW_EXT_UNROLL
     for (int lane = 0; lane < lanes; ++lane) {
-      const std::uint64_t place = places == nullptr ? index + lane : places->of(index + lane);
+      const std::uint64_t place = places.run == 0 ? index + lane : places.of(index + lane);
       const std::uint64_t number = element_number + place;
       const bool is_odd = number % elements_per_block != 0;
       if (lane == 0 || !is_odd || number != last + 1) block = random_block(key, number / elements_per_block);
