@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short test test-slow test-cuda-build gpu-check mutation mutation-sample bench bench-modes lint format clean
+.PHONY: demo demo-short demo-cluster test test-slow test-cuda-build gpu-check mutation mutation-sample bench bench-modes lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -18,6 +18,10 @@ demo: $(VENV)/installed
 
 demo-short: $(VENV)/installed
 	$(BIN)/python -m examples.demo --short --out out/demo-short
+
+# Two sharded processes, one of them killed; restarted on two, one and four.
+demo-cluster: $(VENV)/installed
+	$(BIN)/python -m examples.cluster --out out/demo-cluster
 
 # In as many processes as there are cores, up to four.
 PYTEST := -m pytest -n auto --maxprocesses 4 -m "not slow" tests

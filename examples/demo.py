@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from examples.compare import differing, largest, markdown_table
 from examples.picture import draw
+from examples.train import ENVIRONMENT
 
 NAMES = {"torch": "torch.optim.AdamW(fused=True)", "adamw_ext": "adamw_ext.AdamW"}
 # The two optimizers round differently in the last bit, and training amplifies that: to 2e-6 nats in these runs,
@@ -25,14 +27,6 @@ NAMES = {"torch": "torch.optim.AdamW(fused=True)", "adamw_ext": "adamw_ext.AdamW
 LOSS_TOLERANCE = 1e-4
 LEARNED = 0.7  # the last held-out loss must be below this part of the first one
 WARM_UP_STEPS = 5  # state and tables are made in the first steps: they do not count for the optimizer's time
-
-ENVIRONMENT = {
-    # The same matrix kernels in every process, whatever the moment's load.
-    "MKL_CBWR": "AUTO",
-    "MKL_DYNAMIC": "FALSE",
-    # Waiting threads give their core away, so that other work on the machine costs little.
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 
 def train(out: Path, short: bool) -> dict[str, dict[str, Any]]:
@@ -52,19 +46,6 @@ def train(out: Path, short: bool) -> dict[str, dict[str, Any]]:
     return records
 
 
-def differing(a: Any, b: Any, where: str) -> list[str]:
-    """The places where two nested checkpoints are not the same bit for bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape
-        same = same and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
-        return [] if same else [where]
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [place for key in a for place in differing(a[key], b[key], f"{where}[{key!r}]")]
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return [place for i, pair in enumerate(zip(a, b, strict=True)) for place in differing(*pair, f"{where}[{i}]")]
-    return [] if type(a) is type(b) and a == b else [where]
-
-
 def compare(out: Path, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The demo's result, as it goes into demo.json."""
     result: dict[str, Any] = {"parameters": records["torch"]["parameters"], "optimizers": {}}
@@ -79,7 +60,7 @@ def compare(out: Path, records: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "peak_memory_mb": record["peak_memory_bytes"] / 1e6,
         }
     result["steps"] = len(records["torch"]["train_losses"])
-    result["largest_loss_difference"] = max(
+    result["largest_loss_difference"] = largest(
         abs(loss - records["adamw_ext"][kind][step])
         for kind in ("train_losses", "held_out_losses")
         for step, loss in records["torch"][kind].items()
@@ -121,10 +102,7 @@ def table(result: dict[str, Any]) -> str:
         row("peak memory of the process, MB", "peak_memory_mb", ".0f"),
         ["resumed in a second process", "", "other bits" if result["resume_differs_in"] else "bit for bit"],
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    rows.insert(1, ["-" * width for width in widths])
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in padded)
+    return markdown_table(rows)
 
 
 def main() -> None:

@@ -20,9 +20,14 @@ def load_text() -> tuple[Tensor, Tensor]:
     return text[:train_bytes], text[train_bytes:]
 
 
-def random_batch(text: Tensor, batch: int, context: int) -> tuple[Tensor, Tensor]:
-    """``batch`` windows from random places (torch's global generator): inputs and next bytes, each (batch, context)."""
-    starts = torch.randint(len(text) - context, (batch, 1))
+def random_batch(
+    text: Tensor, batch: int, context: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """``batch`` windows from random places: inputs and next bytes, each (batch, context).
+
+    ``generator``: what chooses the places; None: torch's global one.
+    """
+    starts = torch.randint(len(text) - context, (batch, 1), generator=generator)
     windows = text[starts + torch.arange(context + 1)]
     return windows[:, :-1], windows[:, 1:]
 

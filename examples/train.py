@@ -129,8 +129,18 @@ def train(run: Run, out: Path, label: str) -> None:
     (out / "record.json").write_text(json.dumps(run.record()))
 
 
+# What a process needs in its environment for the same.
+ENVIRONMENT = {
+    # The same matrix kernels in every process, whatever the moment's load.
+    "MKL_CBWR": "AUTO",
+    "MKL_DYNAMIC": "FALSE",
+    # Waiting threads give their core away, so that other work on the machine costs little.
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
+
 def make_reproducible(threads: int) -> None:
-    """The model's own arithmetic gives the same bits in every process with the same thread count."""
+    """The model's own arithmetic gives the same bits in every process with the same thread count and ENVIRONMENT."""
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
