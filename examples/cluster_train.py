@@ -39,9 +39,6 @@ class ClusterConfig(RunConfig):
 FULL = ClusterConfig(GPTConfig(layers=4, width=128, context=64), steps=80, batch=16, warmup=10)
 SHORT = ClusterConfig(GPTConfig(layers=2, width=64, context=64), steps=20, batch=16, warmup=4, checkpoint_every=5)
 
-# max_grad_norm of the optimizer refuses the params of fully_shard, as yet; until it takes them, torch clips.
-CLIPS_IN_STEP = False
-
 
 class Training(Stateful):
     """Model, optimizer and scheduler of this worker, and how many steps they have made.
@@ -63,7 +60,7 @@ class Training(Stateful):
             decay_groups(self.model, config.weight_decay),
             lr=config.lr,
             betas=(0.9, 0.95),
-            max_grad_norm=config.max_norm if CLIPS_IN_STEP else None,
+            max_grad_norm=config.max_norm,
         )
         self.scheduler = warmup_then_cosine(self.optimizer, config)
         self.train_text, self.held_out_text = load_text()
@@ -97,8 +94,6 @@ class Training(Stateful):
         """The loss over the whole batch."""
         loss = self.model.loss(*self.batch())
         loss.backward()
-        if not CLIPS_IN_STEP:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_norm)
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
