@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short test test-slow test-cuda-build gpu-check mutation mutation-sample bench bench-modes lint format clean
+.PHONY: demo demo-short test test-slow test-trainers test-cuda-build gpu-check mutation mutation-sample bench bench-modes lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -27,6 +27,16 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests
+
+# Other libraries' training loops with our optimizer in them. The suite itself needs none of these libraries.
+TRAINERS := tests/trainers/requirements.txt
+
+$(VENV)/trainers: $(VENV)/installed $(TRAINERS)
+	$(BIN)/pip install -q "$(TORCH)" -r $(TRAINERS)
+	touch $@
+
+test-trainers: $(VENV)/trainers
+	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m trainers tests/trainers
 
 # The CUDA kernels without a GPU: built against a CUDA build of torch (the second torch version that is tested) in a copy
 # of the checkout, looked into, and the suite run on that build. A skip in the first part would hide a failure.
