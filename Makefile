@@ -28,15 +28,23 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests
 
-# Other libraries' training loops with our optimizer in them. The suite itself needs none of these libraries.
-TRAINERS := tests/trainers/requirements.txt
+# Other libraries' training loops with our optimizer in them, in an environment of their own over the project's, which
+# stays as it is: with these libraries in it, a TorchScript test of the suite fails after those of torch.compile in the
+# same process, on an internal assertion of torch's. DeepSpeed calls ninja by name.
+TRAINERS      := tests/trainers/requirements.txt
+TRAINERS_VENV := .venv-trainers
+SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
 
-$(VENV)/trainers: $(VENV)/installed $(TRAINERS)
-	$(BIN)/pip install -q "$(TORCH)" -r $(TRAINERS)
+$(TRAINERS_VENV)/installed: $(VENV)/installed $(TRAINERS)
+	test -x $(TRAINERS_VENV)/bin/python || $(PYTHON) -m venv $(TRAINERS_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" \
+		> "$$($(TRAINERS_VENV)/bin/python $(SITE_PACKAGES))/project.pth"
+	$(TRAINERS_VENV)/bin/pip install -q "$(TORCH)" -r $(TRAINERS)
 	touch $@
 
-test-trainers: $(VENV)/trainers
-	$(BIN)/python -m pytest -n auto --maxprocesses 2 --dist loadfile -m trainers tests/trainers
+test-trainers: $(TRAINERS_VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(TRAINERS_VENV)/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile \
+		-m trainers tests/trainers
 
 # The CUDA kernels without a GPU: built against a CUDA build of torch (the second torch version that is tested) in a copy
 # of the checkout, looked into, and the suite run on that build. A skip in the first part would hide a failure.
@@ -100,4 +108,4 @@ format: $(VENV)/linters
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'adamw_ext/include/*' 'tests/sanitized/*' 'tests/libtorch/*')
 
 clean:
-	rm -rf $(VENV) build out adamw_ext/*.so *.egg-info
+	rm -rf $(VENV) $(TRAINERS_VENV) build out adamw_ext/*.so *.egg-info
