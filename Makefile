@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short test test-slow test-trainers test-cuda-build gpu-check mutation mutation-sample bench bench-modes lint format clean
+.PHONY: demo demo-short test test-slow test-trainers test-cuda-build gpu-check mutation mutation-sample bench bench-modes \
+	lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -29,8 +30,8 @@ test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests
 
 # Other libraries' training loops with our optimizer in them, in an environment of their own over the project's, which
-# stays as it is: with these libraries in it, a TorchScript test of the suite fails after those of torch.compile in the
-# same process, on an internal assertion of torch's. DeepSpeed calls ninja by name.
+# stays as it is: they bring a plugin for pytest and a torchvision that a CPU build of torch cannot import, and with them
+# a TorchScript test of the suite failed in a whole run. DeepSpeed calls ninja by name.
 TRAINERS      := tests/trainers/requirements.txt
 TRAINERS_VENV := .venv-trainers
 SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
