@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short demo-cluster test test-slow test-cuda-build gpu-check mutation mutation-sample bench bench-modes lint format clean
+.PHONY: demo demo-short demo-cluster test test-slow test-trainers test-cuda-build gpu-check mutation mutation-sample \
+	bench bench-modes bench-sharded lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -31,6 +32,24 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests
+
+# Other libraries' training loops with our optimizer in them, in an environment of their own over the project's, which
+# stays as it is: they bring a plugin for pytest and a torchvision that a CPU build of torch cannot import, and with them
+# a TorchScript test of the suite failed in a whole run. DeepSpeed calls ninja by name.
+TRAINERS      := tests/trainers/requirements.txt
+TRAINERS_VENV := .venv-trainers
+SITE_PACKAGES := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+
+$(TRAINERS_VENV)/installed: $(VENV)/installed $(TRAINERS)
+	test -x $(TRAINERS_VENV)/bin/python || $(PYTHON) -m venv $(TRAINERS_VENV)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" \
+		> "$$($(TRAINERS_VENV)/bin/python $(SITE_PACKAGES))/project.pth"
+	$(TRAINERS_VENV)/bin/pip install -q "$(TORCH)" -r $(TRAINERS)
+	touch $@
+
+test-trainers: $(TRAINERS_VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(TRAINERS_VENV)/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile \
+		-m trainers tests/trainers
 
 # The CUDA kernels without a GPU: built against a CUDA build of torch (the second torch version that is tested) in a copy
 # of the checkout, looked into, and the suite run on that build. A skip in the first part would hide a failure.
@@ -77,6 +96,11 @@ bench-modes: $(VENV)/installed
 	$(BIN)/python -m benchmarks.parity
 	$(BIN)/python -m benchmarks.modes
 
+# What DTensors cost, and what stepping in backward saves.
+bench-sharded: $(VENV)/installed
+	$(BIN)/python -m benchmarks.sharded
+	$(BIN)/python -m benchmarks.in_backward
+
 $(VENV)/linters: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $$(sed -n 's/^lint = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
@@ -94,4 +118,4 @@ format: $(VENV)/linters
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'adamw_ext/include/*' 'tests/sanitized/*' 'tests/libtorch/*')
 
 clean:
-	rm -rf $(VENV) build out adamw_ext/*.so *.egg-info
+	rm -rf $(VENV) $(TRAINERS_VENV) build out adamw_ext/*.so *.egg-info
