@@ -164,6 +164,18 @@ FAULTS = {
         "words.fill(s.random, 0, index, options.places)",
         "failed: random tables",
     ),
+    "the places of a part's elements are those of a whole tensor's": (
+        "csrc/cuda/pack.h",
+        "if (!C::is_stochastic || entry.places == nullptr) return 0;",
+        "return 0;",
+        "failed",
+    ),
+    "a launch takes places too many": (
+        "csrc/cuda/pack.h",
+        "if (count == places_capacity<C>) return -1;",
+        "if (count == places_capacity<C>) return count;",
+        "failed",
+    ),
     "a launch takes a tensor too many": (
         "csrc/cuda/pack.h",
         "arguments_.header.entry_count == arguments_.entry_capacity",

@@ -136,7 +136,7 @@ std::vector<TensorEntry> some_entries(int number, int combination, std::int64_t 
   for (int i = 0; i < number; ++i) {
     char* const address = addresses + i;
     entries.push_back({address, address + 1, address + 2, address + 3, address + 4, address + 5, numel,
-                       /*first_unit=*/-1, /*first_piece=*/-1, static_cast<std::uint64_t>(i), 0,
+                       /*first_unit=*/-1, /*first_piece=*/-1, static_cast<std::uint64_t>(i), /*places=*/nullptr, 0,
                        static_cast<std::uint8_t>(combination), combination == 0 ? DType::float64 : DType::float32,
                        amsgrad});
   }

@@ -103,6 +103,15 @@ std::uint64_t any_element_number(Random& random) {
   return element_number(below(random, 1000), around - below(random, 100));
 }
 
+// Mostly none. One more than a launch can have.
+const Places* any_places(Random& random) {
+  static constexpr Places some[] = {{1, 5, 2, 64},      {3, 4, 10, 57},   {64, 1000, 200, 0},
+                                    {7, 2, 9, 1 << 20}, {130, 3, 131, 1}, {2, 9, 6, std::uint64_t(1) << 32}};
+  static_assert(std::size(some) ==
+                cuda::places_capacity<Combination<float, bfloat16, Master::none, Rounding::stochastic>> + 1);
+  return below(random, 3) == 0 ? &some[below(random, std::size(some))] : nullptr;
+}
+
 Shape any_shape(Random& random, std::int32_t scalars_count) {
   const std::int64_t around_units = 64 * (1 + below(random, 9)) + below(random, 7) - 3;
   const std::int64_t numel =
@@ -112,6 +121,7 @@ Shape any_shape(Random& random, std::int32_t scalars_count) {
   shape.other_grad = static_cast<int>(below(random, 3));
   for (int& offset : shape.offsets) offset = below(random, 3) == 0 ? 0 : static_cast<int>(below(random, 16));
   shape.element_number = any_element_number(random);
+  shape.places = any_places(random);
   return shape;
 }
 
@@ -239,17 +249,18 @@ void check_huge(Random& random) {
   const Sparse memory[4] = {Sparse(numel), Sparse(numel), Sparse(numel), Sparse(numel)};
   const std::vector<Scalars> scalars = any_scalars(1, 1.0, random);
   const auto entry_of = [](bfloat16* const(&pointers)[4], std::int64_t count, std::uint64_t element_number) {
-    return TensorEntry{pointers[0],       pointers[1],    pointers[2], pointers[3],
-                       nullptr,           nullptr,        count,       /*first_unit=*/0,
-                       /*first_piece=*/0, element_number, 0,           static_cast<std::uint8_t>(index_of<C>()),
-                       DType::bfloat16,   false};
+    return TensorEntry{
+        pointers[0],       pointers[1],    pointers[2],        pointers[3], nullptr,
+        nullptr,           count,          /*first_unit=*/0,
+        /*first_piece=*/0, element_number, /*places=*/nullptr, 0,           static_cast<std::uint8_t>(index_of<C>()),
+        DType::bfloat16,   false};
   };
   constexpr std::uint64_t first = element_number(3, 7);
   const TensorEntry whole =
       entry_of({memory[0].data(), memory[1].data(), memory[2].data(), memory[3].data()}, numel, first);
 
   cuda::UpdateArguments<C, false, cuda::small_arguments> arguments{};
-  arguments.entries[0] = cuda::UpdateEntry<C, false>::of(whole, 0);
+  arguments.entries[0] = cuda::UpdateEntry<C, false>::of(whole, 0, 0);
   arguments.header.entry_count = 1;
   arguments.header.unit_count = units_of(numel);
   arguments.header.units_per_chunk = units_per_chunk;
