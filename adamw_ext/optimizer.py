@@ -255,7 +255,7 @@ class AdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: groups, and references to the state. The remainders of sharded params ("split") are copies in
-        int32, which every backend can gather."""
+        int32, which every backend can gather; ``moment_dtype`` is a name."""
         return collectable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -424,7 +424,7 @@ class AdamW(torch.optim.AdamW):
         for current, loaded in zip(self.param_groups, groups, strict=True):
             if "lr" in loaded:
                 loaded["lr"] = refill(current["lr"], loaded["lr"])
-            if "betas" in loaded and any(isinstance(beta, Tensor) for beta in (*current["betas"], *loaded["betas"])):
+            if "betas" in loaded and len(loaded["betas"]) == 2:  # a list, from torch.distributed.checkpoint
                 loaded["betas"] = tuple(map(refill, current["betas"], loaded["betas"]))
         for owner, items in state.items():
             if owner in loads:
