@@ -37,10 +37,10 @@ _LOADED = "loaded state dict"
 def export_float32(optimizer: torch.optim.AdamW) -> dict[str, Any]:
     """The optimizer's state dict in the common form, whatever its options.
 
-    Per param, as copies on the CPU (of sharded params: DTensors placed as they are): ``step`` (0-d float32), ``exp_avg``, ``exp_avg_sq`` and with amsgrad
-    ``max_exp_avg_sq`` (float32 for 16-bit moments, others as wide as they are), and for a param with a master
-    ``master_param``: float32, the number that the next step starts from. A param without a master is itself that
-    number, and is not in the dict: save the model's weights beside it.
+    Per param, as copies on the CPU (of sharded params: DTensors placed as they are): ``step`` (0-d float32),
+    ``exp_avg``, ``exp_avg_sq`` and with amsgrad ``max_exp_avg_sq`` (float32 for 16-bit moments, others as wide as they
+    are), and for a param with a master ``master_param``: float32, the number that the next step starts from. A param
+    without a master is itself that number, and is not in the dict: save the model's weights beside it.
 
     The groups have all hyperparameters, also ``seed`` and ``max_grad_norm``. ``master_weights``, ``moment_dtype`` and
     ``stochastic_rounding`` are left out: they say how the source stored what is float32 here.

@@ -1,5 +1,5 @@
-"""torch.distributed.checkpoint: what any number of processes saved, any other number loads, and trains on as one process
-that was never stopped, bit for bit."""
+"""torch.distributed.checkpoint (DCP): what any number of processes saved, any other number loads, and trains on as one
+process that was never stopped, bit for bit."""
 
 import functools
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import adamw_ext
 from tests import processes
-from tests.checkpointed import MODES, assert_same, forget, make, train
+from tests.checkpointed import MODES, assert_same, forget, make, make_model, train
 
 # How the state dict looks: the parts of each process under the params' names; flat; whole, in one file that every
 # process reads, or that the first one reads for all.
@@ -46,7 +46,10 @@ def save(folder: Path, sharded: bool) -> None:
         dcp.save({mode: parts_of(*run, options) for mode, run in runs.items()}, checkpoint_id=folder / style)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole = {
-        mode: (get_model_state_dict(model, options=options), get_optimizer_state_dict(model, optimizer, options=options))
+        mode: (
+            get_model_state_dict(model, options=options),
+            get_optimizer_state_dict(model, optimizer, options=options),
+        )
         for mode, (model, optimizer) in runs.items()
     }
     if not distributed.is_initialized() or distributed.get_rank() == 0:
@@ -61,8 +64,8 @@ def parts_of(model: nn.Module, optimizer: adamw_ext.AdamW, options: StateDictOpt
     return {"weights": weights, "state": state}
 
 
-def resume(folder: Path, sharded: bool) -> None:
-    for style, flags in SHARDED.items():
+def resume(folder: Path, sharded: bool, styles: dict[str, dict[str, bool]] = SHARDED) -> None:
+    for style, flags in styles.items():
         options = StateDictOptions(**flags)
         runs = fresh(sharded)
         loaded = {mode: parts_of(*run, options) for mode, run in runs.items()}
@@ -81,8 +84,11 @@ def resume_whole(folder: Path, sharded: bool, styles: list[str]) -> None:
         runs = fresh(sharded)
         for mode, (model, optimizer) in runs.items():
             weights, state = loaded.get(mode, ({}, {}))
-            set_model_state_dict(model, weights, options=options)
+            for items in state.get("state", {}).values():
+                if "param_remainder" in items:  # of plain params int16, which neither gloo nor NCCL hands out
+                    items["param_remainder"] = items["param_remainder"].int()
             set_optimizer_state_dict(model, optimizer, state, options=options)
+            set_model_state_dict(model, weights, options=options)
             check_resumed(mode, runs[mode], (style, mode))
 
 
@@ -114,18 +120,49 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.mark.parametrize("source", ["sharded", "plain"])
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_any_number_of_processes_resume_a_run_bit_for_bit(saved: dict[str, Path], count: int, source: str) -> None:
+@pytest.mark.parametrize(("count", "source"), [(1, "sharded"), (2, "sharded"), (4, "sharded"), (2, "plain")])
+def test_any_number_of_processes_resume_a_run(saved: dict[str, Path], count: int, source: str) -> None:
     processes.run(resume, count, saved[source], True)
 
 
 @pytest.mark.parametrize("source", ["sharded", "plain"])
-def test_one_process_without_shards_resumes_a_run_bit_for_bit(saved: dict[str, Path], source: str) -> None:
+def test_one_process_resumes_a_run_without_shards(saved: dict[str, Path], source: str) -> None:
     processes.run(resume, 1, saved[source], False, backend=None)
 
 
-def test_whole(saved: dict[str, Path]) -> None:
-    for count in (1, 2, 4):
-        processes.run(resume_whole, count, saved["sharded"], True, ["whole", "broadcast"])
+@pytest.mark.parametrize("source", ["sharded", "plain"])
+def test_whole_state_dicts_are_cut_for_shards(saved: dict[str, Path], source: str) -> None:
+    processes.run(resume_whole, 2, saved[source], True, ["whole", "broadcast"])
+
+
+def test_whole_state_dicts_load_without_shards(saved: dict[str, Path]) -> None:
     processes.run(resume_whole, 1, saved["sharded"], False, ["whole"], backend=None)
+
+
+def save_and_train_on(folder: Path) -> None:
+    runs = {mode: make(mode, sharded=True) for mode in MODES}
+    for _, optimizer in runs.values():
+        train(optimizer, range(SAVED_AFTER))
+    saving = dcp.async_save(
+        {mode: parts_of(*run, StateDictOptions()) for mode, run in runs.items()},
+        checkpoint_id=folder / "sharded",
+        process_group=distributed.new_group(backend="gloo"),  # the default one is busy with the norms of gradients
+    )
+    for mode, run in runs.items():
+        train(run[1], range(SAVED_AFTER, END))
+        assert_same(run, never_stopped(mode), mode)
+    saving.result()
+
+
+def test_what_is_saved_while_training_goes_on_is_the_state_at_the_call(tmp_path: Path) -> None:
+    processes.run(save_and_train_on, 2, tmp_path)
+    processes.run(resume, 1, tmp_path, False, {"sharded": SHARDED["sharded"]}, backend=None)
+
+
+@pytest.mark.parametrize("mode", ["float32", "amsgrad", "capturable"])
+def test_what_resumed_runs_are_compared_with_is_adamw(mode: str) -> None:
+    model = make_model()
+    options = {"amsgrad": mode == "amsgrad"}
+    train(torch.optim.AdamW(model.parameters(), lr=0.05, betas=(0.8, 0.9), weight_decay=0.1, **options), range(END))
+    for param, expected in zip(never_stopped(mode)[0].parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(param, expected)
