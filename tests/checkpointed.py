@@ -47,9 +47,9 @@ def mesh() -> DeviceMesh:
 
 
 def make_optimizer(model: nn.Module, lr: float = 0.05, **options: Any) -> adamw_ext.AdamW:
-    """Capturable ones have their learning rate in a tensor."""
-    given = torch.tensor(lr) if options.get("capturable") else lr
-    return adamw_ext.AdamW(model.parameters(), lr=given, betas=(0.8, 0.9), weight_decay=0.1, **options)
+    """Capturable ones have their learning rate and betas in tensors."""
+    hold = functools.partial(torch.tensor, dtype=torch.float64) if options.get("capturable") else float
+    return adamw_ext.AdamW(model.parameters(), lr=hold(lr), betas=(hold(0.8), hold(0.9)), weight_decay=0.1, **options)
 
 
 def make(mode: str, *, sharded: bool = False, lr: float = 0.05) -> tuple[nn.Module, adamw_ext.AdamW]:

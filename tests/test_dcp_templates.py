@@ -135,8 +135,8 @@ def test_what_never_got_a_gradient_is_missed_by_the_template_unless_initialised(
 @pytest.mark.parametrize("full", [False, True], ids=["parts", "whole"])
 @pytest.mark.parametrize("ours", [False, True], ids=["torch", "adamw_ext"])
 def test_state_of_params_that_were_frozen_later_is_saved_and_not_loaded(ours: bool, full: bool) -> None:
-    """set_optimizer_state_dict leaves out what needs no gradient (pytorch#192202). What was frozen from the start has no
-    state to lose."""
+    """set_optimizer_state_dict leaves out what needs no gradient (pytorch#192202). What was frozen from the start has
+    no state to lose."""
     model, resumed = make_model(), make_model()
     source, target = make_either(ours, model), make_either(ours, resumed)
     train(source, range(2))
@@ -191,8 +191,8 @@ def load_moments(folder: Path, moment_dtype: torch.dtype | None, kept: dict[str,
 
 def test_moments_are_rounded_to_the_dtype_of_the_template(tmp_path: Path) -> None:
     """DCP copies values into the tensors that are there, and so does a broadcast, before the optimizer sees them: set
-    ``moment_dtype`` as it was when float32 moments of a bfloat16 model were saved. A whole state dict that all processes
-    have keeps its dtype."""
+    ``moment_dtype`` as it was when float32 moments of a bfloat16 model were saved. A whole state dict that all
+    processes have keeps its dtype."""
     processes.run(save_moments, 2, tmp_path, torch.float32)
     rounded = {"parts": torch.bfloat16, "broadcast": torch.bfloat16, "whole": torch.float32}
     processes.run(load_moments, 2, tmp_path, None, rounded)
@@ -227,6 +227,41 @@ def load_other_masters(folder: Path) -> None:
 def test_a_master_of_another_form_is_refused_not_forgotten(tmp_path: Path) -> None:
     """set_optimizer_state_dict would add it to the one in the template."""
     processes.run(load_other_masters, 2, tmp_path)
+
+
+def places(optimizer: torch.optim.Optimizer) -> list[int]:
+    """Where all tensors lie that a captured step reads or writes."""
+    (group,) = optimizer.param_groups
+    state = [own(value) for items in optimizer.state.values() for value in items.values()]
+    return [tensor.data_ptr() for tensor in (*map(own, group["params"]), *state, group["lr"], *group["betas"])]
+
+
+def load_in_place(folder: Path) -> None:
+    for mode in ("capturable", "float16"):
+        model, optimizer = make(mode, sharded=True)
+        train(optimizer, range(2))
+        before = places(optimizer)
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"weights": weights, "state": state}, checkpoint_id=folder / mode)
+        options = StateDictOptions(full_state_dict=True)
+        whole = copy.deepcopy(get_state_dict(model, optimizer, options=options))
+        for loaded in ("parts", "whole"):
+            train(optimizer, range(2, 4))
+            if loaded == "parts":
+                weights, state = get_state_dict(model, optimizer)
+                dcp.load({"weights": weights, "state": state}, checkpoint_id=folder / mode)
+                set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+            else:
+                set_state_dict(model, optimizer, model_state_dict=whole[0], optim_state_dict=whole[1], options=options)
+            assert places(optimizer) == before, (mode, loaded)
+            expected = make(mode)
+            train(expected[1], range(2))
+            assert_same((model, optimizer), expected, (mode, loaded))
+
+
+def test_a_captured_step_stays_valid(tmp_path: Path) -> None:
+    """Loading writes into the tensors that are there."""
+    processes.run(load_in_place, 2, tmp_path)
 
 
 def exchange(folder: Path, from_ours: bool) -> None:
