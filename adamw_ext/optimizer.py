@@ -270,8 +270,8 @@ class AdamW(torch.optim.AdamW):
         near that "split" shows.
 
         Raises:
-            ValueError: another number of groups or params, state of another shape, or masters for a param that has
-                none. Nothing has changed then.
+            ValueError: another number of groups or params, state of another shape or placed on other processes, two
+                masters of a param, or one of a param that has none. Nothing has changed then.
         """
         hook_key = object()
         self._optimizer_load_state_dict_pre_hooks[hook_key] = carry_tensors  # type: ignore[index]

@@ -47,9 +47,21 @@ def mesh() -> DeviceMesh:
 
 
 def make_optimizer(model: nn.Module, lr: float = 0.05, **options: Any) -> adamw_ext.AdamW:
-    """Capturable ones have their learning rate and betas in tensors."""
+    """Of named params, whose numbers follow another order than the model's. Capturable ones have their learning rates
+    and betas in tensors."""
     hold = functools.partial(torch.tensor, dtype=torch.float64) if options.get("capturable") else float
-    return adamw_ext.AdamW(model.parameters(), lr=hold(lr), betas=(hold(0.8), hold(0.9)), weight_decay=0.1, **options)
+    return adamw_ext.AdamW(groups_of(model, hold(lr), hold(lr / 2)), betas=(hold(0.8), hold(0.9)), **options)
+
+
+def groups_of(model: nn.Module, lr: float | Tensor, bias_lr: float | Tensor) -> list[dict[str, Any]]:
+    weights, biases = (
+        [(name, param) for name, param in model.named_parameters() if name.endswith(kind)]
+        for kind in ("weight", "bias")
+    )
+    return [
+        {"params": weights, "lr": lr, "weight_decay": 0.1},
+        {"params": biases, "lr": bias_lr, "weight_decay": 0.0},
+    ]
 
 
 def make(mode: str, *, sharded: bool = False, lr: float = 0.05) -> tuple[nn.Module, adamw_ext.AdamW]:
@@ -58,20 +70,24 @@ def make(mode: str, *, sharded: bool = False, lr: float = 0.05) -> tuple[nn.Modu
     return model, make_optimizer(model, lr, **options)
 
 
+def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
 def train(optimizer: torch.optim.Optimizer, steps: range, *, without: tuple[int, ...] = ()) -> None:
-    """Steps with gradients that depend on nothing but the step and the param's place.
+    """Steps with gradients that depend on nothing but the step and the param's number.
 
     The sums of their squares are exact, so that the norm has the same bits however they are cut.
 
     Args:
-        without: the places of params that get no gradient.
+        without: the numbers of params that get no gradient.
     """
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = params_of(optimizer)
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        for place, param in enumerate(params):
+        for number, param in enumerate(params):
             grad = (torch.randint(-127, 128, param.shape, generator=generator) / 64).to(param.dtype)
-            param.grad = None if place in without else like(grad, param)
+            param.grad = None if number in without else like(grad, param)
         optimizer.step()
     optimizer.zero_grad()
 

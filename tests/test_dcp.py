@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 import adamw_ext
 from tests import processes
-from tests.checkpointed import MODES, assert_same, forget, make, make_model, train
+from tests.checkpointed import MODES, assert_same, forget, groups_of, make, make_model, train
 
 # How the state dict looks: the parts of each process under the params' names; flat; whole, in one file that every
 # process reads, or that the first one reads for all.
@@ -101,11 +101,11 @@ def fresh(sharded: bool) -> dict[str, tuple[nn.Module, adamw_ext.AdamW]]:
 
 
 def check_resumed(mode: str, run: tuple[nn.Module, adamw_ext.AdamW], what: object) -> None:
-    (group,) = run[1].param_groups
-    (expected,) = never_stopped(mode)[1].param_groups
-    for key in expected.keys() - {"params"}:
-        assert type(group[key]) is type(expected[key]), (what, key)
-        assert group[key] == expected[key], (what, key)
+    for group, expected in zip(run[1].param_groups, never_stopped(mode)[1].param_groups, strict=True):
+        assert group.keys() == expected.keys()
+        for key in expected.keys() - {"params"}:
+            assert type(group[key]) is type(expected[key]), (what, key)
+            assert group[key] == expected[key], (what, key)
     assert {state["step"].item() for state in run[1].state.values()} == {SAVED_AFTER}, what
     train(run[1], range(SAVED_AFTER, END))
     assert_same(run, never_stopped(mode), what)
@@ -162,7 +162,7 @@ def test_what_is_saved_while_training_goes_on_is_the_state_at_the_call(tmp_path:
 @pytest.mark.parametrize("mode", ["float32", "amsgrad", "capturable"])
 def test_what_resumed_runs_are_compared_with_is_adamw(mode: str) -> None:
     model = make_model()
-    options = {"amsgrad": mode == "amsgrad"}
-    train(torch.optim.AdamW(model.parameters(), lr=0.05, betas=(0.8, 0.9), weight_decay=0.1, **options), range(END))
+    groups = groups_of(model, 0.05, 0.025)
+    train(torch.optim.AdamW(groups, betas=(0.8, 0.9), amsgrad=mode == "amsgrad"), range(END))
     for param, expected in zip(never_stopped(mode)[0].parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(param, expected)

@@ -9,13 +9,24 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import adamw_ext
 from adamw_ext import checkpoint
 from tests import processes
-from tests.checkpointed import MODES, assert_same, forget, like, make, make_model, make_optimizer, own, train
+from tests.checkpointed import (
+    MODES,
+    assert_same,
+    forget,
+    like,
+    make,
+    make_model,
+    make_optimizer,
+    own,
+    params_of,
+    train,
+)
 from tests.helpers import assert_same_bits
 
 SAVED_AFTER, END = 3, 5
@@ -71,7 +82,7 @@ def export(folder: Path) -> None:
     for _, optimizer in (whole, source):
         train(optimizer, range(SAVED_AFTER))
     expected, exported = (checkpoint.export_float32(optimizer) for _, optimizer in (whole, source))
-    for number, param in enumerate(source[0].parameters()):
+    for number, param in enumerate(params_of(source[1])):
         items, wanted = exported["state"][number], expected["state"][number]
         assert list(items) == list(wanted) == ["step", "exp_avg", "exp_avg_sq", "master_param"]
         for key in ("exp_avg", "exp_avg_sq", "master_param"):
@@ -112,8 +123,9 @@ def as_replicate(value: DTensor) -> DTensor:
 
 
 def on_another_mesh(value: DTensor) -> DTensor:
-    mesh = init_device_mesh("cpu", (value.device_mesh.size(), 1))
-    return distribute_tensor(torch.zeros(value.shape), mesh, [Shard(0), Replicate()], src_data_rank=None)
+    """Of the same processes in another order."""
+    mesh = DeviceMesh("cpu", list(reversed(range(value.device_mesh.size()))))
+    return distribute_tensor(torch.zeros(value.shape), mesh, value.placements, src_data_rank=None)
 
 
 def larger_whole(value: DTensor) -> Tensor:
@@ -149,8 +161,10 @@ def refuse() -> None:
         state_dict = copy.deepcopy(optimizer.state_dict())
         train(optimizer, range(SAVED_AFTER, END))
         state_dict["param_groups"][0]["lr"] = 0.5
-        state_dict["state"][2][key] = change(state_dict["state"][2][key])  # others come first
-        with pytest.raises(ValueError, match=rf"loaded state '{key}' of param \(group 0, index 2\) {message}"):
+        state_dict["state"][1][key] = change(state_dict["state"][1][key])  # others come first
+        with pytest.raises(
+            ValueError, match=rf"loaded state '{key}' of param '1\.weight' \(group 0, index 1\) {message}"
+        ):
             optimizer.load_state_dict(state_dict)
         assert optimizer.param_groups[0]["lr"] == 0.05
         assert_same((model, optimizer), trained(mode, END), what)
@@ -165,8 +179,8 @@ def refuse_shards() -> None:
         _, sharded = trained(mode, SAVED_AFTER, sharded=True)
         model, optimizer = trained(mode, END)
         state_dict = copy.deepcopy(trained(mode, SAVED_AFTER)[1].state_dict())
-        state_dict["state"][2][key] = sharded.state_dict()["state"][2][key]
-        message = rf"loaded state '{key}' of param \(group 0, index 2\) must be a plain tensor, .* see full_tensor\(\)"
+        state_dict["state"][1][key] = sharded.state_dict()["state"][1][key]
+        message = rf"loaded state '{key}' of param '1\.weight' .* must be a plain tensor, .* see full_tensor\(\)"
         with pytest.raises(ValueError, match=message):
             optimizer.load_state_dict(state_dict)
         assert_same((model, optimizer), trained(mode, END), mode)
