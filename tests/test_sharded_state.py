@@ -68,13 +68,20 @@ def make_with_masters(masters: str | None, *, sharded: bool = False) -> tuple[nn
     return model, make_optimizer(model, master_weights=masters, moment_dtype=torch.float32)
 
 
-def move(exported: dict[str, Any], source: nn.Module, masters: str | None) -> tuple[nn.Module, adamw_ext.AdamW]:
-    """A run with other masters that goes on from the common form."""
-    model, optimizer = make_with_masters(masters, sharded=isinstance(next(source.parameters()), DTensor))
-    copy_weights(source, model)
+def move(exported: dict[str, Any], masters: str | None, *, sharded: bool) -> tuple[nn.Module, adamw_ext.AdamW]:
+    """A run that goes on from the common form with other masters. Its params come from those that were exported."""
+    model, optimizer = make_with_masters(masters, sharded=sharded)
+    forget(model)
     checkpoint.import_float32(optimizer, exported)
     train(optimizer, range(SAVED_AFTER, END))
     return model, optimizer
+
+
+def expected_of(masters: str | None) -> tuple[nn.Module, adamw_ext.AdamW]:
+    """The unsharded run: with masters never stopped, as those of both forms have the same bits."""
+    run = make_with_masters(masters or "split")
+    train(run[1], range(END if masters else SAVED_AFTER))
+    return run if masters else move(checkpoint.export_float32(run[1]), None, sharded=False)
 
 
 def export(folder: Path) -> None:
@@ -89,23 +96,17 @@ def export(folder: Path) -> None:
             assert isinstance(items[key], DTensor)
             assert_same_bits([own(items[key])], [own(like(wanted[key], param))], (number, key))
     for masters in MASTERS:
-        assert_same(move(exported, source[0], masters), move(expected, whole[0], masters), masters)
-    dcp.save({"weights": source[0].state_dict(), "state": exported}, checkpoint_id=folder)
+        assert_same(move(exported, masters, sharded=True), expected_of(masters), masters)
+    dcp.save({"state": exported}, checkpoint_id=folder)
 
 
 def import_elsewhere(folder: Path, sharded: bool) -> None:
-    whole = make_with_masters("split")
-    train(whole[1], range(SAVED_AFTER))
-    for masters in MASTERS:
-        model, optimizer = make_with_masters(masters, sharded=sharded)
-        forget(model)
+    for masters in ("fp32", "split"):  # without, the template has no place for what was saved
+        _, optimizer = make_with_masters(masters, sharded=sharded)
         optimizer.init_state()
         template = checkpoint.export_float32(optimizer)
-        dcp.load({"weights": model.state_dict(), "state": template}, checkpoint_id=folder)
-        checkpoint.import_float32(optimizer, template)
-        train(optimizer, range(SAVED_AFTER, END))
-        if masters is not None:  # a template without masters has no place for those that were saved
-            assert_same((model, optimizer), move(checkpoint.export_float32(whole[1]), whole[0], masters), masters)
+        dcp.load({"state": template}, checkpoint_id=folder)
+        assert_same(move(template, masters, sharded=sharded), expected_of(masters), masters)
 
 
 def test_the_common_form_of_shards_goes_to_other_masters_and_other_processes(tmp_path: Path) -> None:
