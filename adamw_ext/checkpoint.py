@@ -95,7 +95,8 @@ def import_float32(optimizer: torch.optim.AdamW, state_dict: dict[str, Any]) -> 
     fitted, masters = dict(state), []
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         _check_hyperparameters(_LOADED, index, saved)
-        check_options(saved, f" in group {index} of the {_LOADED}")
+        numbers = {key: value for key, value in saved.items() if key not in STORAGE_OPTIONS}
+        check_options(numbers, f" in group {index} of the {_LOADED}")
         _check_count(_LOADED, "params", f" of group {index}", saved["params"], group["params"])
         for position, (param, number) in enumerate(zip(group["params"], saved["params"], strict=True)):
             if state.get(number):

@@ -256,7 +256,7 @@ class AdamW(torch.optim.AdamW):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: groups, and references to the state. The remainders of sharded params ("split") are copies in
-        int32, which every backend can gather."""
+        int32, which every backend can gather; ``moment_dtype`` is a name."""
         return collectable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -271,8 +271,8 @@ class AdamW(torch.optim.AdamW):
         near that "split" shows.
 
         Raises:
-            ValueError: another number of groups or params, state of another shape, or masters for a param that has
-                none. Nothing has changed then.
+            ValueError: another number of groups or params, state of another shape or placed on other processes, two
+                masters of a param, or one of a param that has none. Nothing has changed then.
         """
         hook_key = object()
         self._optimizer_load_state_dict_pre_hooks[hook_key] = carry_tensors  # type: ignore[index]
@@ -425,7 +425,7 @@ class AdamW(torch.optim.AdamW):
         for current, loaded in zip(self.param_groups, groups, strict=True):
             if "lr" in loaded:
                 loaded["lr"] = refill(current["lr"], loaded["lr"])
-            if "betas" in loaded and any(isinstance(beta, Tensor) for beta in (*current["betas"], *loaded["betas"])):
+            if "betas" in loaded and len(loaded["betas"]) == 2:  # a list, from torch.distributed.checkpoint
                 loaded["betas"] = tuple(map(refill, current["betas"], loaded["betas"]))
         for owner, items in state.items():
             if owner in loads:

@@ -59,13 +59,18 @@ def like(param: Tensor, own: Tensor) -> Tensor:
 
 
 def collectable(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state dict in dtypes that processes can exchange: neither gloo nor NCCL moves int16, so remainders
-    in DTensors become int32."""
+    """An optimizer's state dict in types that processes can exchange. Neither gloo nor NCCL moves int16, so remainders
+    in DTensors become int32. torch.distributed refuses dtypes as values, so groups have a dtype's name."""
     state = {
         index: {key: _widened(value) for key, value in items.items()} if isinstance(items, dict) else items
         for index, items in state_dict["state"].items()
     }
-    return {**state_dict, "state": state}
+    groups = [{key: _named(value) for key, value in group.items()} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
+def _named(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 
 def _widened(value: Any) -> Any:

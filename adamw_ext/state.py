@@ -236,6 +236,11 @@ class StateLoad:
                     f"but is {describe(self._loaded[key])}"
                 )
         self._master = wanted_master(param, group)
+        if MASTERS.keys() <= self._loaded.keys():  # as torch.distributed adds a whole one to what is here already
+            raise ValueError(
+                f"loaded state of {name} must have one master, but has both {' and '.join(map(repr, MASTERS))}: "
+                "adamw_ext.checkpoint loads what was saved with other master_weights"
+            )
         for key in MASTERS:
             if key not in self._loaded:
                 continue

@@ -173,6 +173,19 @@ def test_an_export_is_float32_and_shares_nothing(dtype: torch.dtype, options: Op
     assert_same_contents(exported, before)
 
 
+def test_a_state_dict_of_this_class_is_imported_whatever_its_options() -> None:
+    """They are of how it was stored: a dtype by its name, as torch.distributed takes no dtypes."""
+    options: Options = {"moment_dtype": torch.float32, "stochastic_rounding": True, "seed": 3}
+    source = AdamW(groups_of(make_params(torch.bfloat16)), **options)
+    train(source, range(2))
+    state_dict = source.state_dict()
+    assert [group["moment_dtype"] for group in state_dict["param_groups"]] == ["float32"] * 2
+    target = AdamW(groups_of(copies(params_of(source))), moment_dtype=torch.float32)
+    checkpoint.import_float32(target, saved(state_dict))
+    assert_same_bits(everything(target), everything(source))
+    assert [group["moment_dtype"] for group in target.param_groups] == [torch.float32] * 2
+
+
 def test_names_and_unknown_keys_are_carried_along() -> None:
     param = Parameter(torch.ones(3))
     source = AdamW([("weight", param)])
