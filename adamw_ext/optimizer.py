@@ -13,7 +13,15 @@ from torch import Tensor
 
 from adamw_ext import _C
 from adamw_ext.numbered import take_number
-from adamw_ext.sharded import Member, SumsOfSquares, check_placement, collectable, elements_of, place_grad
+from adamw_ext.sharded import (
+    Member,
+    SumsOfSquares,
+    check_has_all_params,
+    check_placement,
+    collectable,
+    elements_of,
+    place_grad,
+)
 from adamw_ext.state import (
     Carried,
     StateLoad,
@@ -155,6 +163,8 @@ class AdamW(torch.optim.AdamW):
             for key, value in self._options.items():
                 param_group.setdefault(key, value)
             check_options(param_group, f" in param group {len(self.param_groups)}")
+            if param_group.get("max_grad_norm") is not None:
+                check_has_all_params()
         super().add_param_group(param_group)
         self._traced_params = None
 

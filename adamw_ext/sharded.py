@@ -151,6 +151,20 @@ def placed_grad(param: Tensor, grad: Tensor, name: str) -> Tensor:
     return grad if is_placed else cast(Tensor, place_grad(param, grad, name))
 
 
+def check_has_all_params() -> None:
+    """Raise ValueError where ZeroRedundancyOptimizer makes an optimizer of this process's share of the params: it would
+    clip by the norm of that share."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if module else None
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):  # type: ignore[union-attr]
+            raise ValueError(
+                "max_grad_norm needs the gradients of all params, but ZeroRedundancyOptimizer gives each process a "
+                "share of them: call torch.nn.utils.clip_grad_norm_ before the step instead"
+            )
+        frame = frame.f_back
+
+
 class SumsOfSquares:
     """The sums that make up the square of the gradients' global norm.
 

@@ -22,7 +22,7 @@ import adamw_ext
 from benchmarks.clocks import Step
 from benchmarks.device import processor
 from benchmarks.measure import interleaved, quartiles, ratios
-from benchmarks.workloads import Shapes, gpt2_shapes, resnet_shapes
+from benchmarks.workloads import Shapes, gpt2_shapes
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw_ext": adamw_ext.AdamW,
@@ -30,11 +30,10 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "torch fused": lambda params: torch.optim.AdamW(params, fused=True),
     "torch foreach": lambda params: torch.optim.AdamW(params, foreach=True),
 }
-# Title, shapes, steps in a sample, threads: the first two measure the host's work, the last a whole model.
+# Title, shapes, steps in a sample, threads: the first two measure the host's work.
 WORKS: tuple[tuple[str, Shapes, int, int], ...] = (
     ("148 tensors of 64 elements", ((64,),) * 148, 20, 1),
     ("1,000 tensors of 64 elements", ((64,),) * 1000, 5, 1),
-    ("ResNet-50, 161 tensors", resnet_shapes(), 1, 2),
     ("GPT-2 small, 148 tensors", gpt2_shapes(), 1, 2),
 )
 LIMIT = 1.5  # of the contract, DTensors against plain tensors
@@ -86,8 +85,8 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['date']}, {result['processor']}, torch {build['torch']}, adamw_ext {build['adamw_ext']} "
         f"({build['isa']}). Load average before the run: {result['load_average']:.2f}.",
         "",
-        "Milliseconds of a step, medians of interleaved rounds; ratio: DTensors over plain tensors within a round, median "
-        "and quartiles. One process has all elements. The lists of 64 elements are stepped by one thread.",
+        "Milliseconds of a step, medians of interleaved rounds; ratio: DTensors over plain tensors within a round, "
+        "median and quartiles. One process has all elements. The lists of 64 elements are stepped by one thread.",
         "",
         "| work | optimizer | plain | DTensors | ratio |",
         "| --- | --- | --- | --- | --- |",

@@ -31,6 +31,7 @@ CLIPPING = ("tests/test_max_grad_norm.py",)
 MASTERS = ("tests/test_split_masters.py", "tests/test_master_weights.py")
 STOCHASTIC = ("tests/test_stochastic_rounding.py",)
 SCRIPTED = ("tests/test_script_class.py",)
+SHARDED = ("tests/test_sharded.py",)
 OPERATORS = ("tests/test_functional.py", "tests/test_jit_functional.py")
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
@@ -329,6 +330,49 @@ FAULTS = [
         "fill_run(kernels, entry.element_number + begin, count, key)",
         "fill_run(kernels, entry.element_number, count, key)",
         STOCHASTIC,
+    ),
+    # DTensors.
+    Fault(
+        "a part has the random bits of the whole's first elements",
+        "csrc/python/module.cpp",
+        "element_number(fields[4].cast<std::uint64_t>(), fields[5].cast<std::uint64_t>())",
+        "element_number(fields[4].cast<std::uint64_t>(), 0)",
+        SHARDED,
+    ),
+    Fault(
+        "random bits of a part that is cut across go on as if it were not",
+        "csrc/cpu/launch.cpp",
+        "entry.element_number + entry.places->of(begin + done)",
+        "entry.element_number + begin + done",
+        SHARDED,
+    ),
+    Fault(
+        "each process clips by the norm of its part",
+        "csrc/torch/stepper.cpp",
+        "sum == 0 ? part : complete(sum, part)",
+        "part",
+        SHARDED,
+    ),
+    Fault(
+        "gradients that all processes have count once for each",
+        "adamw_ext/sharded.py",
+        "return not (placement.is_replicate() or placement.is_partial())",
+        "return not placement.is_partial()",
+        SHARDED,
+    ),
+    Fault(
+        "gradients that are summands are not added up",
+        "csrc/python/module.cpp",
+        "if (spec == nullptr || !same_placement(param.spec.ptr(), spec)) {",
+        "if (spec == nullptr) {",
+        SHARDED,
+    ),
+    Fault(
+        "a part that was replaced goes unnoticed",
+        "csrc/python/watch.cpp",
+        "part_identity(whole.dtensor) == whole.part && spec_of(whole.dtensor) == whole.spec",
+        "spec_of(whole.dtensor) == whole.spec",
+        SHARDED,
     ),
     # The script class and the operators.
     Fault(

@@ -43,8 +43,8 @@ SCALARS_BY_VALUE = 8
 CAPACITIES = {
     kind: {size: reckon(size) for size in (SMALL, LARGE)}
     for kind, reckon in {
-        "entries of float": lambda size: (size - 40 - SCALARS_BY_VALUE * 56) // 56,  # tensors in an update
-        "entries of double": lambda size: (size - 40 - SCALARS_BY_VALUE * 96) // 56,
+        "entries of float": lambda size: (size - 64 - SCALARS_BY_VALUE * 56) // 56,  # tensors in an update
+        "entries of double": lambda size: (size - 64 - SCALARS_BY_VALUE * 96) // 56,
         "uploaded scalars": lambda size: (size - 24) // 160,
         "sources": lambda size: size // 2 // 120,  # groups in a launch of the scalar kernel
         "steps": lambda size: (size - size // 2 - 48) // 16,  # params in one

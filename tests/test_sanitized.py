@@ -30,6 +30,7 @@ FLAGS += ["-fno-fast-math", "-ffp-contract=off", "-fno-math-errno", "-fno-trappi
 
 KINDS = {
     "random tables",
+    "parts of tensors",
     "values of found_inf",
     "lengths at every alignment",
     "combinations of alignments",
@@ -168,13 +169,13 @@ FAULTS = {
         "csrc/cuda/pack.h",
         "if (!C::is_stochastic || entry.places == nullptr) return 0;",
         "return 0;",
-        "failed",
+        "failed: random tables",
     ),
     "a launch takes places too many": (
         "csrc/cuda/pack.h",
         "if (count == places_capacity<C>) return -1;",
         "if (count == places_capacity<C>) return count;",
-        "failed",
+        "failed: parts of tensors",
     ),
     "a launch takes a tensor too many": (
         "csrc/cuda/pack.h",

@@ -153,6 +153,25 @@ def test_a_rank_without_params_steps_along() -> None:
         assert_same_bits(params, params_of(groups))
 
 
+def clip_in_shares() -> None:
+    for groups in (
+        make_groups(torch.float32),
+        [{**group, "max_grad_norm": 1.0} for group in make_groups(torch.float32)],
+    ):
+        options = {} if "max_grad_norm" in groups[0] else {"max_grad_norm": 1.0}
+        with pytest.raises(ValueError, match="max_grad_norm needs the gradients of all params, but ZeroRedundancy"):
+            make_zero(groups, options)
+    AdamW(make_groups(torch.float32), max_grad_norm=1.0)
+
+
+def test_clipping_by_the_norm_of_a_share_is_refused() -> None:
+    processes.run(clip_in_shares, 2)
+
+
+def test_an_optimizer_without_params_counts_skipped_steps() -> None:
+    assert AdamW([{"params": []}]).skipped_steps == 0
+
+
 KEPT: list[nn.Module] = []  # DDP's destructor can hang in a process that goes on
 
 

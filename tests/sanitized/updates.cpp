@@ -135,6 +135,21 @@ void check_random_tables(Random& random) {
   }
 }
 
+// More places in a launch than it can have.
+void check_places(Random& random) {
+  const int shortest = index_of<Combination<bfloat16, bfloat16, Master::none, Rounding::stochastic>>();
+  for (int round = 0; round < 5; ++round) {
+    std::vector<Shape> shapes;
+    for (int i = 0; i < 40; ++i) {
+      shapes.push_back(any_shape(random, 1));
+      shapes.back().combination = i % 2 == 0 ? shortest : index_of<Longest>();
+      shapes.back().amsgrad = i % 4 < 2;
+      shapes.back().places = any_places(random);
+    }
+    compare_any_way("parts of tensors", shapes, random);
+  }
+}
+
 void check_found_inf(Random& random) {
   for (const float value : {0.0f, -0.0f, 1.0f, 2.0f, -1.0f, 1e-45f, INFINITY, -INFINITY, NAN}) {
     Memory flag(DType::float32, 1, 4);
@@ -298,6 +313,7 @@ void check_huge(Random& random) {
 void check_updates() {
   Random random(0);
   check_random_tables(random);
+  check_places(random);
   check_found_inf(random);
   check_alignments(random);
   check_tails(random);
