@@ -58,9 +58,10 @@ class AdamW(torch.optim.AdamW):
     A drop-in for :class:`torch.optim.AdamW`: the same arguments, defaults, errors, group keys, state keys and state
     dicts. CPU params are updated by the hand-written kernel, in one parallel region for the whole model, with the same
     bits for every instruction set and thread count; CUDA params by one launch for up to 500 tensors of a dtype, two if
-    capturable, with the CPU's bits, on the current stream and without a synchronisation. Params on other devices and of
-    tensor subclasses, groups with ``differentiable=True``, and CUDA params where the build has no CUDA kernels, go
-    through torch's own functional AdamW.
+    capturable, with the CPU's bits, on the current stream and without a synchronisation. DTensors (FSDP2, tensor
+    parallelism) are updated in the same pass, each process its parts, with the bits of the unsharded run. Params on
+    other devices and of other tensor subclasses, groups with ``differentiable=True``, and CUDA params where the build
+    has no CUDA kernels, go through torch's own functional AdamW.
 
     Args:
         params: tensors, (name, tensor) pairs, or group dicts. float64, float32, bfloat16, float16, or complex;
@@ -93,7 +94,8 @@ class AdamW(torch.optim.AdamW):
         seed: of stochastic rounding, in [0, 2**64).
         max_grad_norm: clip the gradients of all groups to this L2 norm, as torch.nn.utils.clip_grad_norm_ before the
             step, but without changing them; None: do not. The norm is of the unscaled gradients. See :attr:`grad_norm`.
-            All params must be ones that the hand-written kernel updates.
+            All params must be ones that the hand-written kernel updates. Of DTensors it is the norm of the whole: then
+            every step is a collective, which all processes must make.
 
     ``master_weights``, ``moment_dtype``, ``stochastic_rounding``, ``seed`` and ``max_grad_norm`` may be given for each
     group; a group without ``max_grad_norm`` counts in the norm and is not clipped.

@@ -354,13 +354,6 @@ FAULTS = [
         SHARDED,
     ),
     Fault(
-        "gradients that all processes have count once for each",
-        "adamw_ext/sharded.py",
-        "return not (placement.is_replicate() or placement.is_partial())",
-        "return not placement.is_partial()",
-        SHARDED,
-    ),
-    Fault(
         "gradients that are summands are not added up",
         "csrc/python/module.cpp",
         "if (spec == nullptr || !same_placement(param.spec.ptr(), spec)) {",

@@ -103,13 +103,13 @@ std::uint64_t any_element_number(Random& random) {
   return element_number(below(random, 1000), around - below(random, 100));
 }
 
-// Mostly none. One more than a launch can have.
-const Places* any_places(Random& random) {
+// For one entry in `share`. One more than a launch can have.
+const Places* any_places(Random& random, std::int64_t share) {
   static constexpr Places some[] = {{1, 5, 2, 64},      {3, 4, 10, 57},   {64, 1000, 200, 0},
                                     {7, 2, 9, 1 << 20}, {130, 3, 131, 1}, {2, 9, 6, std::uint64_t(1) << 32}};
   static_assert(std::size(some) ==
                 cuda::places_capacity<Combination<float, bfloat16, Master::none, Rounding::stochastic>> + 1);
-  return below(random, 3) == 0 ? &some[below(random, std::size(some))] : nullptr;
+  return below(random, share) == 0 ? &some[below(random, std::size(some))] : nullptr;
 }
 
 Shape any_shape(Random& random, std::int32_t scalars_count) {
@@ -121,7 +121,7 @@ Shape any_shape(Random& random, std::int32_t scalars_count) {
   shape.other_grad = static_cast<int>(below(random, 3));
   for (int& offset : shape.offsets) offset = below(random, 3) == 0 ? 0 : static_cast<int>(below(random, 16));
   shape.element_number = any_element_number(random);
-  shape.places = any_places(random);
+  shape.places = any_places(random, 3);
   return shape;
 }
 
@@ -140,11 +140,11 @@ void check_places(Random& random) {
   const int shortest = index_of<Combination<bfloat16, bfloat16, Master::none, Rounding::stochastic>>();
   for (int round = 0; round < 5; ++round) {
     std::vector<Shape> shapes;
-    for (int i = 0; i < 40; ++i) {
+    for (int i = 0; i < 80; ++i) {
       shapes.push_back(any_shape(random, 1));
       shapes.back().combination = i % 2 == 0 ? shortest : index_of<Longest>();
       shapes.back().amsgrad = i % 4 < 2;
-      shapes.back().places = any_places(random);
+      shapes.back().places = any_places(random, 1);
     }
     compare_any_way("parts of tensors", shapes, random);
   }
