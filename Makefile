@@ -53,7 +53,9 @@ test-trainers: $(TRAINERS_VENV)/installed
 
 # The CUDA kernels without a GPU: built against a CUDA build of torch (the second torch version that is tested) in a copy
 # of the checkout, looked into, and the suite run on that build. A skip in the first part would hide a failure.
-SAME_EVERYWHERE := sanitized.py parity.py bench_modes.py kernels_cuda.py  # run before, or free of torch's version
+# Run before, or free of torch's version; and of the engines those that hold plain tensors, which take long.
+SAME_EVERYWHERE := sanitized.py parity.py bench_modes.py kernels_cuda.py migration.py ddp.py zero.py in_backward.py \
+	example_cluster.py
 CUDA_TORCH := torch==2.11.0
 CUDA_VENV  := .venv-cuda
 CUDA_COPY  := out/cuda-build

@@ -179,10 +179,9 @@ class SumsOfSquares:
     def number_of(self, param: Tensor) -> int:
         if not is_sharded(param):
             return 0
-        cut = tuple(
-            i for i, placement in enumerate(param.placements) if is_cut(placement) and param.device_mesh.size(i) > 1
-        )
-        return self._numbers.setdefault((param.device_mesh, cut), len(self._numbers) + 1) if cut else 0
+        mesh = param.device_mesh
+        cuts = tuple(i for i, placement in enumerate(param.placements) if is_cut(placement) and mesh.size(i) > 1)
+        return self._numbers.setdefault((mesh, cuts), len(self._numbers) + 1) if cuts else 0
 
     def complete(self, number: int, part: Tensor) -> Tensor:
         """The whole of a sum, a 0-d float64 tensor, from this process's part. A collective."""
@@ -238,9 +237,9 @@ def own_range(param: DTensor, dimension: int) -> range | None:
         cut_first_dimension(placement) if is_cut(placement) and placement.dim == dimension else replicate
         for placement in param.placements
     )
-    indices = cut(torch.arange(param.shape[dimension]), param, placements).tolist()
-    found = range(indices[0], indices[-1] + 1)
-    return found if indices == list(found) else None
+    indices = cut(torch.arange(param.shape[dimension]), param, placements)
+    found = range(int(indices[0]), int(indices[-1]) + 1)
+    return found if bool((indices.diff() == 1).all()) else None
 
 
 def cut_first_dimension(placement: Any) -> Any:
