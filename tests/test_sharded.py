@@ -313,16 +313,22 @@ def test_params_that_are_summands_are_refused():
 def follow_replaced_parts() -> None:
     pair = pair_of("split masters")
     pair.step()
+    state = pair.optimizer.state[pair.params[0]]
+    replaced = [
+        tensor._local_tensor for tensor in (*pair.params, state["exp_avg"])
+    ]  # alive: nothing else gives it away
     for param, twin in zip(pair.params, pair.twins, strict=True):  # as FSDP does when a module is moved or reset
         param._local_tensor = param._local_tensor.clone() * 2
         with torch.no_grad():
             twin.mul_(2)
+    before = [tensor.clone() for tensor in replaced]
     pair.step()
-    state = pair.optimizer.state[pair.params[0]]
     state["exp_avg"]._local_tensor = torch.zeros_like(state["exp_avg"]._local_tensor)
     pair.reference.state[pair.twins[0]]["exp_avg"].zero_()
+    before[-1] = replaced[-1].clone()
     pair.step()
     pair.compare("replaced parts")
+    assert_same_bits(replaced, before)
     state["exp_avg"]._local_tensor = torch.zeros(1, dtype=BFLOAT16)
     before = [whole(param).clone() for param in pair.params]
     pair.give_grads()
