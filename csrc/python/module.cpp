@@ -322,7 +322,8 @@ class Sharded {
     return placed;
   }
 
-  // A write to a part does not count as one to its DTensor.
+  // A write to a part does not count as one to its DTensor. Comes before other threads may run: nothing else holds
+  // them.
   void bump_versions(const Grads& grads) const {
     for (std::size_t i = 0; i < params_.size(); ++i) {
       if (params_[i].spec && grads.list()[i].defined()) params_[i].tensor->bump_version();
@@ -398,6 +399,7 @@ class PythonStepper {
     if (ready == Stepper::Ready::needs_state) return false;
     if (ready == Stepper::Ready::skip) return true;
     started_ = true;
+    if (sharded_.any()) sharded_.bump_versions(grads_);
     if (stepper_.is_long()) {
       const py::gil_scoped_release unlocked;
       run();
@@ -405,7 +407,6 @@ class PythonStepper {
       run();
     }
     stepper_.finish();
-    if (sharded_.any()) sharded_.bump_versions(grads_);
     return true;
   }
 
