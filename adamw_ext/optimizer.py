@@ -362,10 +362,10 @@ class AdamW(torch.optim.AdamW):
             for position, param in enumerate(group["params"]):
                 number += 1
                 name = param_name(group, index, position)
+                check_placement(param, name)
                 if group["differentiable"] or not runs_in_kernel(param):
                     elsewhere.append(param)
                     continue
-                check_placement(param, name)
                 state = self.state.get(param)
                 if not isinstance(state, (dict, NoneType)):
                     raise TypeError(f"state of {name} must be a dict, but is {state!r}")

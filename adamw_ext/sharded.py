@@ -118,8 +118,13 @@ def cut(whole: Tensor, param: DTensor, placements: Iterable[Any]) -> Tensor:
 
 
 def check_placement(param: Tensor, name: str) -> None:
-    """Raise RuntimeError unless the elements of a param that lie here are elements of the whole."""
-    if is_sharded(param) and any(placement.is_partial() for placement in param.placements):
+    """Raise RuntimeError unless a DTensor has all that makes one, and its elements here are elements of the whole."""
+    if not is_sharded(param):
+        return
+    own = getattr(param, "_local_tensor", None)
+    if getattr(param, "_spec", None) is None or not isinstance(own, Tensor) or is_sharded(own):
+        raise RuntimeError(f"{name} is a DTensor without a placement, or without a plain tensor as its part")
+    if any(placement.is_partial() for placement in param.placements):
         raise RuntimeError(f"{name} must be sharded or replicated, but is {describe(param)}: its parts are summands")
 
 
@@ -216,6 +221,8 @@ def elements_of(param: Tensor, name: str) -> tuple[int, tuple[int, int, int, int
     if not is_sharded(param) or param._local_tensor.numel() == 0:
         return 0, None
     own: Tensor = param._local_tensor
+    if own.dim() != param.dim():
+        raise RuntimeError(f"{name}, {describe(param)}, has a part of shape {tuple(own.shape)} in this process")
     ranges = [own_range(param, dimension) for dimension in range(param.dim())]
     levels = merge_levels(own, param.stride()) or [(1, 1)]
     if levels[0][1] != 1:  # neighbours here are none in the whole

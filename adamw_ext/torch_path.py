@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from adamw_ext.sharded import part
 from adamw_ext.state import new_state
 
 
 def find_problem(param: Tensor) -> str | None:
     """Why torch's functional AdamW could not update this param with the gradient it has; None if it could."""
-    grad = param.grad
+    param, grad = part(param), part(param.grad)
     if grad is None:
         return None
     if param.layout != torch.strided or param.is_quantized or not (param.is_floating_point() or param.is_complex()):
