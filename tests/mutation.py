@@ -334,7 +334,7 @@ FAULTS = [
     # DTensors.
     Fault(
         "a part has the random bits of the whole's first elements",
-        "csrc/python/module.cpp",
+        "csrc/python/members.cpp",
         "element_number(fields[4].cast<std::uint64_t>(), fields[5].cast<std::uint64_t>())",
         "element_number(fields[4].cast<std::uint64_t>(), 0)",
         SHARDED,
@@ -355,7 +355,7 @@ FAULTS = [
     ),
     Fault(
         "gradients that are summands are not added up",
-        "csrc/python/module.cpp",
+        "csrc/python/grads.cpp",
         "if (spec == nullptr || !same_placement(param.spec.ptr(), spec)) {",
         "if (spec == nullptr) {",
         SHARDED,

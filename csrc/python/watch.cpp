@@ -7,12 +7,6 @@
 #include "dtensor.h"
 
 namespace adamw_ext::python {
-
-const at::Tensor& unpack(PyObject* tensor) { return THPVariable_Unpack(tensor); }
-PyObject* wrap(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
-
-bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
-
 namespace {
 
 // A tensor's identity is its implementation: torch.utils.swap_tensors exchanges those under one Python object. Whether

@@ -6,16 +6,9 @@
 
 #include <Python.h>
 
-#include <ATen/core/Tensor.h>
-
 #include <vector>
 
 namespace adamw_ext::python {
-
-// Requires a tensor; the caller has checked.
-const at::Tensor& unpack(PyObject* tensor);
-bool is_tensor(PyObject* object);
-PyObject* wrap(const at::Tensor& tensor);  // a new reference
 
 class Watch {
  public:
