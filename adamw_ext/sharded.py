@@ -16,7 +16,7 @@ DTensor: TypeAlias = Any  # torch.distributed.tensor.DTensor, which is imported 
 
 
 class Member(NamedTuple):
-    """A param as the stepper takes it: csrc/python/module.cpp.
+    """A param as the stepper takes it: csrc/python/members.cpp.
 
     ``first_element`` and ``places`` (run, rows, stride, block_stride; see csrc/core/random.h) say where the elements
     that lie here are in the whole param. ``sum``: see :class:`SumsOfSquares`.
