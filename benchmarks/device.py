@@ -1,7 +1,10 @@
-"""The device that is measured on: whether it can be, and what it is."""
+"""The device that is measured on: whether it can be, and what it is; and results that name it."""
 
+import json
+import os
 import platform
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +44,22 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def conditions() -> dict[str, Any]:
+    """When and on what a run on the CPU is made."""
+    return {
+        "date": str(date.today()),
+        "processor": processor(),
+        "load_average": os.getloadavg()[0],
+        "build": adamw_ext.build_info(),
+    }
+
+
+def write_dated(out: Path, name: str, result: dict[str, Any], text: str) -> None:
+    """Write out/NAME-DATE.json and .md, and print the text. ``result`` has the :func:`conditions`."""
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"{name}-{result['date']}"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    stem.with_suffix(".md").write_text(text)
+    print(text)

@@ -6,7 +6,6 @@ the processor time of calls of ``step()`` over 1,000 params of 64 elements, in i
 """
 
 import argparse
-import json
 import multiprocessing
 import os
 import random
@@ -15,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import torch
 
 import adamw_ext
 from benchmarks.allocations import peak_bytes
-from benchmarks.device import processor
+from benchmarks.device import conditions, write_dated
 from benchmarks.mode_bytes import stored_bytes
 from examples.gpt import GPT, GPTConfig, decay_groups
 from examples.in_backward import step_in_backward
@@ -183,23 +181,15 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the demo's GPT alone")
     args = parser.parse_args()
     result = {
-        "date": str(date.today()),
-        "processor": processor(),
+        **conditions(),
         "threads": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "build": adamw_ext.build_info(),
         "works": [
             {"title": work.title, **{way: in_process(measure, work, way) for way in WAYS}}
             for work in (WORKS[:2] if args.quick else WORKS)
         ],
         "host_us_per_param": in_process(host_times),
     }
-    text = markdown(result)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"in-backward-{result['date']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text)
-    print(text)
+    write_dated(args.out, "in-backward", result, markdown(result))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,8 @@ costs. Interleaved rounds; writes sharded-DATE.json and .md.
 """
 
 import argparse
-import json
-import os
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import adamw_ext
 from benchmarks.clocks import Step
-from benchmarks.device import processor
+from benchmarks.device import conditions, write_dated
 from benchmarks.measure import interleaved, quartiles, ratios
 from benchmarks.workloads import Shapes, gpt2_shapes
 
@@ -116,20 +113,12 @@ def main() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh("cpu", (1,))
     result = {
-        "date": str(date.today()),
-        "processor": processor(),
-        "load_average": os.getloadavg()[0],
-        "build": adamw_ext.build_info(),
+        **conditions(),
         "works": {
             title: measure(shapes, repeats, threads, mesh, args.seconds) for title, shapes, repeats, threads in WORKS
         },
     }
-    text = markdown(result)
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"sharded-{result['date']}"
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    stem.with_suffix(".md").write_text(text)
-    print(text)
+    write_dated(args.out, "sharded", result, markdown(result))
     dist.destroy_process_group()
 
 

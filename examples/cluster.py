@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from examples.cluster_train import FULL, SHORT, ClusterConfig
-from examples.compare import differing, distance, largest, markdown_table
+from examples.compare import differing, distance, largest, markdown_table, publish
 from examples.train import ENVIRONMENT
 
 # For 1 and 4 workers against 2: largest difference of a loss, in nats, and norm of the params' difference over the norm
@@ -183,17 +183,13 @@ def main() -> None:
     config = SHORT if args.short else FULL
     begin = time.perf_counter()
     result = compare(args.out, train(args.out, config, args.short))
-    problems = failures(result, config)
-    result |= {"torch": torch.__version__, "failures": problems, "seconds": round(time.perf_counter() - begin, 1)}
-    (args.out / "cluster.json").write_text(json.dumps(result, indent=2) + "\n")
+    result |= {"torch": torch.__version__, "failures": failures(result, config)}
+    result["seconds"] = round(time.perf_counter() - begin, 1)
     text = (
         f"A GPT of {result['parameters']:,} parameters, {config.steps} steps, a checkpoint every "
         f"{config.checkpoint_every}, torch {result['torch']}, {result['seconds']} s in all\n\n{table(result)}\n"
     )
-    (args.out / "cluster.md").write_text(text)
-    print(f"\n{text}\nwritten: cluster.json and cluster.md in {args.out}")
-    if problems:
-        sys.exit("cluster FAILED: " + "; ".join(problems))
+    publish("cluster", args.out, result, text)
 
 
 if __name__ == "__main__":

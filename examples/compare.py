@@ -1,6 +1,9 @@
-"""How the examples compare two checkpoints, and print what they found."""
+"""How the examples compare two checkpoints, and publish what they found."""
 
+import json
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,3 +41,14 @@ def markdown_table(rows: list[list[str]]) -> str:
     lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def publish(name: str, out: Path, result: dict[str, Any], text: str, *others: str) -> None:
+    """Write out/NAME.json and .md and print the text; exit with 1 if the result has failures. ``others``: files that
+    are there already."""
+    (out / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    (out / f"{name}.md").write_text(text)
+    *files, last = (f"{name}.json", f"{name}.md", *others)
+    print(f"\n{text}\nwritten: {', '.join(files)} and {last} in {out}")
+    if result["failures"]:
+        sys.exit(f"{name} FAILED: {'; '.join(result['failures'])}")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from examples.compare import differing, largest, markdown_table
+from examples.compare import differing, largest, markdown_table, publish
 from examples.picture import draw
 from examples.train import ENVIRONMENT
 
@@ -114,19 +114,14 @@ def main() -> None:
     begin = time.perf_counter()
     records = train(args.out, args.short)
     result = compare(args.out, records)
-    problems = failures(result)
-    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "failures": problems}
+    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "failures": failures(result)}
     draw(records, result, NAMES, LOSS_TOLERANCE, args.out / "demo.png")
     result["seconds"] = round(time.perf_counter() - begin, 1)
-    (args.out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
     text = (
         f"A GPT of {result['parameters']:,} parameters, {result['steps']} steps, {result['threads']} threads, "
         f"torch {result['torch']}, {result['seconds']} s in all\n\n{table(result)}\n"
     )
-    (args.out / "demo.md").write_text(text)
-    print(f"\n{text}\nwritten: demo.json, demo.md and demo.png in {args.out}")
-    if problems:
-        sys.exit("demo FAILED: " + "; ".join(problems))
+    publish("demo", args.out, result, text, "demo.png")
 
 
 if __name__ == "__main__":
