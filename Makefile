@@ -80,14 +80,15 @@ test-cuda-build: $(CUDA_VENV)/installed
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
 
-# Builds the extension with seeded faults and shows that the tests notice each: all of them, or the first four that
-# any optimizer test must notice.
+# Seeds faults, builds where they are compiled, and shows that the tests notice each: all of them, or a few in every
+# layer that any optimizer test must notice.
 mutation: $(VENV)/installed
-	$(BIN)/python -m tests.mutation
+	$(BIN)/python -m tests.mutation --out benchmarks/results
 
 mutation-sample: $(VENV)/installed
-	$(BIN)/python -m tests.mutation --only "does nothing" --only "last of several" --only "lags a step" \
-		--only "decay is forgotten"
+	$(BIN)/python -m tests.mutation --only "the kernel does nothing" --only "last of several" \
+		--only "the bias correction lags a step" --only "counts begin at 1" --only "found_inf does not reach" \
+		--only "first step made is kept"
 
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.step_time
