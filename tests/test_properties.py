@@ -1,0 +1,61 @@
+"""Any list of tensors, any history of steps: the same bits every way, the textbook's numbers, no byte beside.
+
+Hypothesis draws the cases (tests/strategies.py), the same ones at every run; `python -m tests.long_properties` draws
+many others, at random. A failing case is printed as data that can be pasted, after an import of tests.scenarios and
+tests.ways, into :func:`check_same`.
+"""
+
+import dataclasses
+
+import pytest
+from hypothesis import event, given
+
+from tests.jobs import Job
+from tests.scenarios import FUNCTIONAL_MODES, PLACELESS_MODES, Scenario
+from tests.strategies import classes, functionals, scenarios, scripts
+from tests.textbooks import Textbooks
+from tests.ways import Class, Way, assert_same_results, results
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
+    pytest.mark.filterwarnings(r"ignore:`torch\.jit\.\w+` is (deprecated|not supported):DeprecationWarning"),
+]
+
+
+def check_same(scenario: Scenario, way: Way) -> None:
+    """The bits of the Python class on one thread and without vector instructions. Every run checks, after every step,
+    that no byte has changed but those of params with gradients and of their state (tests/jobs.py)."""
+    assert_same_results(results(scenario, way), results(scenario, Class()))
+
+
+@given(scenario=scenarios(), way=classes)
+def test_the_class_has_the_same_bits_however_it_runs(scenario: Scenario, way: Class) -> None:
+    check_same(scenario, way)
+
+
+@given(scenario=scenarios(modes=PLACELESS_MODES, can_clip=False), way=classes)
+def test_an_optimizer_for_each_param_has_the_bits_of_one_for_all(scenario: Scenario, way: Class) -> None:
+    check_same(scenario, dataclasses.replace(way, is_apart=True))
+
+
+@given(scenario=scenarios(modes=FUNCTIONAL_MODES, can_clip=False), way=functionals)
+def test_the_functional_forms_have_the_bits_of_the_class(scenario: Scenario, way: Way) -> None:
+    check_same(scenario, way)
+
+
+@given(scenario=scenarios().map(Scenario.without_empty_groups), way=scripts)
+def test_the_script_class_goes_on_with_the_bits_of_the_python_class(scenario: Scenario, way: Way) -> None:
+    check_same(scenario, way)
+
+
+@given(scenario=scenarios(), way=classes)
+def test_every_step_is_the_textbooks_but_for_rounding(scenario: Scenario, way: Class) -> None:
+    """From wherever the step begins. tests/bounds.py says how much rounding that is."""
+    check_bounds(scenario, dataclasses.replace(way, is_dense=False, saved_after=None))
+
+
+def check_bounds(scenario: Scenario, way: Class) -> None:
+    job = Job(scenario, gives_state=way.is_guarded)
+    textbooks = Textbooks(job)
+    way.run(job, textbooks.watch)
+    event(f"{10 * textbooks.checked // max(textbooks.total, 1) * 10}% of the numbers can be claimed")
