@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 from hypothesis import event, given
 
+from tests.helpers import running_on
 from tests.jobs import Job
 from tests.scenarios import FUNCTIONAL_MODES, PLACELESS_MODES, Scenario
 from tests.strategies import classes, functionals, scenarios, scripts
@@ -48,14 +49,16 @@ def test_the_script_class_goes_on_with_the_bits_of_the_python_class(scenario: Sc
     check_same(scenario, way)
 
 
-@given(scenario=scenarios(), way=classes)
-def test_every_step_is_the_textbooks_but_for_rounding(scenario: Scenario, way: Class) -> None:
-    """From wherever the step begins. tests/bounds.py says how much rounding that is."""
-    check_bounds(scenario, dataclasses.replace(way, is_dense=False, saved_after=None))
-
-
-def check_bounds(scenario: Scenario, way: Class) -> None:
+@running_on(threads=1)
+def check_bounds(scenario: Scenario, way: Class) -> Textbooks:
+    """Of every step, from wherever it begins. tests/bounds.py says how much rounding is allowed."""
     job = Job(scenario, gives_state=way.is_guarded)
     textbooks = Textbooks(job)
     way.run(job, textbooks.watch)
+    return textbooks
+
+
+@given(scenario=scenarios(), way=classes)
+def test_every_step_is_the_textbooks_but_for_rounding(scenario: Scenario, way: Class) -> None:
+    textbooks = check_bounds(scenario, dataclasses.replace(way, is_dense=False, saved_after=None))
     event(f"{10 * textbooks.checked // max(textbooks.total, 1) * 10}% of the numbers can be claimed")

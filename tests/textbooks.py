@@ -36,7 +36,7 @@ class Textbooks:
         before = [self._numbers(optimizer, members) for members in batches.values()]
         grads = [self._copies(members) for members in batches.values()]
         every_grad = [grad for grad in self.job.grads if grad is not None]
-        unscale = 1.0 if step.grad_scale is None else 1.0 / step.grad_scale
+        unscale = 1.0 if step.grad_scale is None else 1.0 / torch.tensor(step.grad_scale).item()
         limits = {group.max_grad_norm for group in self.job.scenario.groups}
         coefficients = {limit: clip_coefficient(every_grad, unscale, limit) for limit in limits}
         yield

@@ -39,7 +39,7 @@ class Class(Brief):
 
     def run(self, job: Job, watch: Watch = lambda *_: nullcontext()) -> list[State]:
         """``watch``: entered around every step."""
-        with running_on(isa=self.isa, threads=self.threads):
+        with running_on(isa=self.isa):
             if self.is_apart:
                 optimizers = [self.make(job, self.flag, i) for i in range(len(job.params))]
             else:
@@ -55,7 +55,7 @@ class Class(Brief):
                 for optimizer in optimizers:
                     set_lr(optimizer, step)
                     optimizer.grad_scale, optimizer.found_inf = scaling(step)
-                    with watch(optimizer, step):
+                    with watch(optimizer, step), running_on(threads=self.threads):
                         self.step(optimizer)
         for optimizer in optimizers:
             optimizer.init_state()
@@ -63,7 +63,7 @@ class Class(Brief):
         results = [states[param] for param in job.params]
         if self.saved_after is None:
             assert_state_was_kept(job, results)
-        skipped = sum(step.is_skipped for step in job.scenario.steps)
+        skipped = sum(step.is_skipped and any(map(step.gives, range(len(job.params)))) for step in job.scenario.steps)
         if self.saved_after is None and not self.is_apart:
             assert optimizers[0].skipped_steps.item() == skipped
         return results
@@ -118,7 +118,7 @@ class Functional(Brief):
 
     def run(self, job: Job) -> list[State]:
         lrs = [group.lr for group in job.scenario.groups]
-        with running_on(isa=self.isa, threads=1), torch.no_grad():
+        with running_on(isa=self.isa), torch.no_grad():
             for step in job.steps():
                 if step.lr_factor is not None:
                     lrs = [group.lr * step.lr_factor for group in job.scenario.groups]
@@ -159,7 +159,7 @@ class Script(Brief):
         optimizer = python.make(job, self.flag)
         give_state(optimizer, job)
         script = None
-        with running_on(isa=self.isa, threads=1):
+        with running_on(isa=self.isa):
             for made, step in enumerate(job.steps()):
                 if made < self.after:
                     set_lr(optimizer, step)
@@ -220,6 +220,7 @@ def scaling(step: Step) -> tuple[Tensor | None, Tensor | None]:
     return tuple(None if number is None else torch.tensor(number) for number in numbers)  # type: ignore[return-value]
 
 
+@running_on(threads=1)  # the steps may take more; torch.exp2, which makes the numbers, has other bits on other threads
 def results(scenario: Scenario, way: Way) -> dict[str, list[Tensor]]:
     """Everything that a run leaves, by what it is."""
     job = Job(scenario, gives_state=way.is_guarded, is_dense=way.is_dense)
