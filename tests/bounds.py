@@ -1,8 +1,8 @@
 """How far one step may be from the float64 textbook: the roundings of its arithmetic, counted, and one of each store.
 
-Every operation of the update is rounded once, by at most ``u``, half of eps of the type that it runs in, relative to its
-result, and where that is subnormal by at most ``tiny``. An error of the second moment moves the descent by as much as the
-division makes of it, so the descent is bounded by an interval: the largest and the smallest quotient.
+Every operation of the update is rounded once, by at most ``u``, half of eps of the type that it runs in, relative to
+its result, and where that is subnormal by at most ``tiny``. An error of the second moment moves the descent by as much
+as the division makes of it, so the descent is bounded by an interval: the largest and the smallest quotient.
 
 Where a number comes near the largest one of the type, or the denominator can be zero, nothing is claimed.
 """

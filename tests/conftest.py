@@ -4,19 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 import adamw_ext
 from tests.helpers import running_on
-
-# The same cases at every run; `python -m tests.long_properties` takes the other profile. Cases are slow, because each
-# is several trainings, and large, because they are lists of many tensors.
-SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
-settings.register_profile(
-    "same", derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=SLOW
-)
-settings.register_profile("long", database=None, deadline=None, max_examples=3000, suppress_health_check=SLOW)
-settings.load_profile("same")
 
 
 def why_no_cuda() -> str | None:

@@ -1,5 +1,6 @@
 """A job: the tensors of a scenario, all of them between guard bytes, which some way of stepping then updates."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -14,6 +15,9 @@ from tests.test_bits import SPECIALS
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTERS = {"fp32": ("master_param", torch.float32), "split": ("param_remainder", torch.int16)}
+
+# How much all jobs of this process have done, for those who report it.
+done: Counter[str] = Counter()
 
 
 class Job:
@@ -43,6 +47,7 @@ class Job:
         self._make_state(params, [i for i in every if gives_state or self.specs[i].steps_before])
         self.params = [param.requires_grad_() for param in params]
         self.grads: list[Tensor | None] = []
+        done["trainings"] += 1
 
     def moment_dtype(self, i: int) -> torch.dtype:
         param = self.specs[i].dtype
@@ -64,6 +69,10 @@ class Job:
                 for storage, what, indices in self._storages:
                     guards.enter_context(storage.only_written_in([updated[i] for i in indices], what))
                 yield step
+            done["steps"] += 1
+            done["steps skipped for found_inf"] += step.is_skipped
+            done["tensors updated"] += sum(updated)
+            done["elements updated"] += sum(p.numel() for p, was in zip(self.params, updated, strict=True) if was)
             self.steps_made = [made + was for made, was in zip(self.steps_made, updated, strict=True)]
 
     def _param_place(self, i: int) -> Place:

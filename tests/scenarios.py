@@ -33,6 +33,7 @@ MODES: dict[str, tuple[dict[str, Any], tuple[torch.dtype, ...]]] = {
     "at random, float32 moments": ({**AT_RANDOM, **FLOAT32_MOMENTS}, (torch.bfloat16, torch.float32, torch.complex64)),
     "at random, bfloat16 moments": ({**AT_RANDOM, **BFLOAT16_MOMENTS}, FLOATS[:2]),
     "at random, fp32, bfloat16 moments": ({**AT_RANDOM, **WHOLE, **BFLOAT16_MOMENTS}, FLOATS[:3]),
+    "at random, fp32": ({**AT_RANDOM, **WHOLE}, (torch.bfloat16, *_WIDE)),
     "at random, split": ({**AT_RANDOM, **SPLIT}, (torch.bfloat16, *_WIDE)),
 }
 # Those of the functional form; those whose bits do not depend on a param's place in the optimizer.

@@ -1,14 +1,26 @@
-"""What hypothesis draws: scenarios, and ways to step them."""
+"""What hypothesis draws: scenarios, and ways to step them; and how much."""
 
 from collections.abc import Sequence
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from tests.guarded import LAYOUTS
 from tests.helpers import ISA_LEVELS
 from tests.scenarios import FLOATS, MODES, NUMBERS, Group, Param, Scenario, Step
 from tests.ways import Class, Functional, Script
+
+# The same cases at every run, unless tests/long_properties.py has asked for its own. Cases take long to draw and to
+# run, because they are trainings of many tensors.
+PROFILE = {
+    "database": None,
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+}
+settings.register_profile("same", derandomize=True, max_examples=60, **PROFILE)
+if settings.get_current_profile_name() != "long":
+    settings.load_profile("same")
 
 SHAPES = [(), (0,), (1,), (3,), (63,), (64,), (65,), (5, 0, 2), (2, 3), (1, 1, 7), (2, 3, 4, 5), (3, 43), (129,)]
 LONG = [(4096,), (4097,), (20_011,), (3, 5000), (70_001,)]

@@ -8,10 +8,12 @@ tests.ways, into :func:`check_same`.
 import dataclasses
 
 import pytest
+import torch
 from hypothesis import event, given
 
+from adamw_ext import _C
 from tests.helpers import running_on
-from tests.jobs import Job
+from tests.jobs import Job, done
 from tests.scenarios import FUNCTIONAL_MODES, PLACELESS_MODES, Scenario
 from tests.strategies import classes, functionals, scenarios, scripts
 from tests.textbooks import Textbooks
@@ -26,7 +28,25 @@ pytestmark = [
 def check_same(scenario: Scenario, way: Way) -> None:
     """The bits of the Python class on one thread and without vector instructions. Every run checks, after every step,
     that no byte has changed but those of params with gradients and of their state (tests/jobs.py)."""
+    note(scenario)
     assert_same_results(results(scenario, way), results(scenario, Class()))
+
+
+def note(scenario: Scenario) -> None:
+    """For `python -m tests.long_properties`, which reports how many scenarios of which kinds there were."""
+    done["scenarios"] += 1
+    params = [spec for _, spec in scenario.params]
+    done["scenarios, with max_grad_norm"] += scenario.clips
+    done["scenarios, with grad_scale"] += scenario.unscales
+    done["scenarios, with found_inf not 0"] += any(step.is_skipped for step in scenario.steps)
+    done["scenarios, with idle params"] += any(step.idle for step in scenario.steps)
+    done["scenarios, with NaN and infinities"] += "special" in (scenario.numbers, *(s.numbers for s in scenario.steps))
+    done["scenarios, with several groups"] += len(scenario.groups) > 1
+    done["scenarios, with more than 500 tensors"] += len(params) > 500
+    done["scenarios, with empty tensors"] += any(0 in spec.shape for spec in params)
+    done["scenarios, with strided or permuted params"] += any(spec.layout != "contiguous" for spec in params)
+    for mode in sorted({group.mode for group in scenario.groups}):
+        done[f"scenarios, mode {mode!r}"] += 1
 
 
 @given(scenario=scenarios(), way=classes)
@@ -49,9 +69,24 @@ def test_the_script_class_goes_on_with_the_bits_of_the_python_class(scenario: Sc
     check_same(scenario, way)
 
 
+@given(scenario=scenarios(modes=("split", "split, float32 moments", "at random, split")), way=classes)
+def test_split_masters_have_the_bits_of_whole_ones(scenario: Scenario, way: Class) -> None:
+    whole = [dataclasses.replace(group, mode=group.mode.replace("split", "fp32")) for group in scenario.groups]
+    note(scenario)
+    actual, expected = results(scenario, way), results(dataclasses.replace(scenario, groups=tuple(whole)), way)
+    remainders = actual.pop("param_remainder", [])
+    if remainders:
+        actual["master_param"] = [
+            _C.join_master(param, remainder) if param.dtype == torch.bfloat16 else torch.zeros(0)
+            for param, remainder in zip(actual["param"], remainders, strict=True)
+        ]
+    assert_same_results(actual, expected)
+
+
 @running_on(threads=1)
 def check_bounds(scenario: Scenario, way: Class) -> Textbooks:
     """Of every step, from wherever it begins. tests/bounds.py says how much rounding is allowed."""
+    note(scenario)
     job = Job(scenario, gives_state=way.is_guarded)
     textbooks = Textbooks(job)
     way.run(job, textbooks.watch)
