@@ -89,7 +89,7 @@ def text_of(result: dict[str, Any]) -> str:
 
 def order(item: tuple[str, int]) -> tuple[bool, int]:
     """Totals, the largest first; then the kinds of scenarios."""
-    return "," in item[0], -item[1]
+    return item[0].startswith("scenarios,"), -item[1]
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ class Textbooks:
             self.total += total
             for i in members:
                 state = optimizer.state[self.job.params[i]]
-                assert state["step"].item() == made + 1
+                assert state["step"].item() == made + 1, f"step {made + 1} of param {i} is counted as {state['step']}"
                 if master:
                     assert_shown(self.job.params[i].detach(), master_of(self.job.params[i], state))
             if step.grad_scale is not None:

@@ -65,7 +65,8 @@ class Class(Brief):
             assert_state_was_kept(job, results)
         skipped = sum(step.is_skipped and any(map(step.gives, range(len(job.params)))) for step in job.scenario.steps)
         if self.saved_after is None and not self.is_apart:
-            assert optimizers[0].skipped_steps.item() == skipped
+            counted = optimizers[0].skipped_steps.item()
+            assert counted == skipped, f"{counted} skipped steps are counted, but {skipped} were skipped"
         return results
 
     def make(self, job: Job, flag: str | None, only: int | None = None) -> AdamW:
@@ -229,14 +230,15 @@ def results(scenario: Scenario, way: Way) -> dict[str, list[Tensor]]:
     left["gradient"] = [torch.zeros(0) if grad is None else grad.detach().clone() for grad in job.grads]
     for key in sorted({key for state in states for key in state}):
         left[key] = [state[key].clone() if key in state else torch.zeros(0) for state in states]
-    assert [int(step) for step in left.get("step", [])] == job.steps_made
+    steps = [int(step) for step in left["step"]]
+    assert steps == job.steps_made, f"steps are counted as {steps}, but {job.steps_made} were made"
     return left
 
 
 def assert_same_results(actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> None:
-    assert actual.keys() == expected.keys()
+    assert actual.keys() == expected.keys(), f"{sorted(actual)} are left, expected {sorted(expected)}"
     for what in expected:
         if what == "param_remainder":
-            assert all(torch.equal(a, e) for a, e in zip(actual[what], expected[what], strict=True)), what
+            assert all(map(torch.equal, actual[what], expected[what])), "remainders differ"
         else:
             assert_same_bits(actual[what], expected[what], what)
