@@ -1,9 +1,9 @@
 """A long training, 10,000 steps of the demo's GPT: does it stay right, flat in memory, and resumable at every step?
 
-`python -m benchmarks.long_run` writes long-run-DATE.json, .md and .png. Every run is a process of one thread, and as many
-go on at once as there are cores. One trains on float64 params and gives the gradients of that run to every optimizer:
-what their params are off by is rounding error of the optimizer alone. The others train freely, each with one optimizer,
-and sample their memory. Two more runs of ours, whose starts were moved in the last bits, show how far apart losses end by
+`python -m benchmarks.long_run` writes long-run-DATE.json, .md and .png. Runs are processes of one thread, as many at
+once as there are cores. One trains on float64 params and gives the gradients of that run to every optimizer: what
+their params are off by is rounding error of the optimizer alone. The others train freely, each with one optimizer, and
+sample their memory. Two more runs of ours, whose starts were moved in the last bits, show how far apart losses end by
 chance; one of them is left at random steps and resumed in fresh objects.
 """
 
@@ -126,22 +126,22 @@ def markdown(result: Result) -> str:
         "**Failed**: " + "; ".join(result["failures"]) if result["failures"] else "All checks below hold.",
         "## Rounding error of the optimizer alone",
         "Float64 params, stepped by torch.optim.AdamW, train the model (on the float32 nearest to them); every "
-        "optimizer gets the gradients of that run for float32 params of its own. Error: distance of its params from the "
-        "float64 ones, root mean square (largest). One rounding: the float64 params rounded to float32 once, the least that "
-        "there is. Matrices decay, biases and norms do not; the root mean square of all params is "
+        "optimizer gets the gradients of that run for float32 params of its own. Error: distance of its params from "
+        "the float64 ones, root mean square (largest). One rounding: the float64 params rounded to float32 once, the "
+        "least that there is. Matrices decay, biases and norms do not; the root mean square of all params is "
         f"{fed['params_rms']:.2g} at the end. torch's float64 params are off the textbook's (tests/reference.py) by "
         f"{fed['textbook_distance']:.1e} at most after {min(TEXTBOOK_STEPS, config.steps)} steps.",
         error_table(fed["errors"]),
         f"![growth of the error](long-run-{result['date']}.png)",
         "## Training freely",
         "Final losses in nats per byte: held-out, and the mean over the last tenth of the training steps. Two runs of "
-        "adamw_ext had every weight of the start moved by one part in 2^23: what they differ by is chance. Others may be "
-        f"{APART:g} times as far from ours.",
+        "adamw_ext had every weight of the start moved by one part in 2^23: what they differ by is chance. Others may "
+        f"be {APART:g} times as far from ours.",
         loss_table(result),
         "## Memory",
-        "Growth of the process from a fifth of the run to its end: Python objects (all that the collector knows), those "
-        "of them that are tensors, and resident memory, of which the losses and times that the run records take 0.2 kB a "
-        f"step. Asked of adamw_ext: no object, no tensor, less than {RESIDENT_GROWTH / 1e6:g} MB.",
+        "Growth of the process from a fifth of the run to its end: Python objects (all that the collector knows), "
+        "those of them that are tensors, and resident memory, of which the losses and times that the run records take "
+        f"0.2 kB a step. Asked of adamw_ext: no object, no tensor, less than {RESIDENT_GROWTH / 1e6:g} MB.",
         memory_table(free),
         "## Resuming",
         resume_text(free[RESUMED]["resumes"], result["seed"]),

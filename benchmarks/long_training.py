@@ -121,8 +121,8 @@ class Resumes:
 
 
 class Memory:
-    """Samples of what the process holds; of Python objects, those made since this one. They are kept in arrays, which add
-    no objects."""
+    """Samples of what the process holds; of Python objects, those made since this one. They are kept in arrays, which
+    add no objects."""
 
     def __init__(self) -> None:
         gc.collect()
