@@ -134,7 +134,7 @@ def test_what_is_left_behind_is_counted():
         (lambda run: run["fed"].update(textbook_distance=1e-9), "off the textbook"),
         (lambda run: run["fed"]["errors"][PLAN.steps][OURS]["all"].update(rms=1.0), "larger than that of torch fused"),
         (lambda run: run["free"][OURS]["memory"]["objects"].append(10**9), "objects"),
-        (lambda run: run["free"][OURS]["memory"]["resident_bytes"].append(10**12), "resident memory grew"),
+        (lambda run: run["free"][OURS]["memory"]["resident_bytes"].extend([10**12] * 20), "resident memory grew"),
         (lambda run: run["free"][long_run.RESUMED]["resumes"]["differences"].append("here"), "here"),
         (lambda run: run["free"][long_run.RESUMED]["resumes"]["steps"].pop(), "only 1 resumes"),
         (lambda run: run["free"][FUSED]["losses"].update(last_train=99.0), "further apart than chance"),
