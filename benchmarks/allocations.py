@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch.autograd import DeviceType
@@ -52,3 +53,9 @@ def peak_bytes(work: Callable[[], object]) -> int:
 def device_bytes(device: str) -> int:
     """What tensors have ever asked for on the device."""
     return 0 if device == "cpu" else torch.cuda.memory_stats()["requested_bytes.all.allocated"]
+
+
+def status_bytes(field: str) -> int:
+    """A line of this process's status, as the kernel has it."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return 1024 * int(line.split()[1])

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import adamw_ext
-from benchmarks.allocations import peak_bytes
+from benchmarks.allocations import peak_bytes, status_bytes
 from benchmarks.device import conditions, write_dated
 from benchmarks.mode_bytes import stored_bytes
 from examples.gpt import GPT, GPTConfig, decay_groups
@@ -92,12 +92,6 @@ def seconds_of(work: Callable[[], object]) -> float:
     begin = time.thread_time()
     work()
     return time.thread_time() - begin
-
-
-def status_bytes(field: str) -> int:
-    """A line of this process's status, as the kernel has it."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
-    return 1024 * int(line.split()[1])
 
 
 def host_times() -> dict[str, dict[str, float]]:

@@ -1,12 +1,15 @@
-"""How it is measured: interleaved rounds, quartiles, import time."""
+"""How it is measured: interleaved rounds, quartiles, import time, build time."""
 
 import gc
+import os
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from benchmarks.clocks import Step
 
@@ -16,13 +19,19 @@ WARM_UP_STEPS = 3
 LEAST_ROUNDS = 9
 
 
-def interleaved(steps: dict[str, Step], seconds_of: Callable[[Step], float], budget: float) -> Samples:
+def interleaved(
+    steps: dict[str, Step],
+    seconds_of: Callable[[Step], float],
+    budget: float,
+    least_rounds: int = LEAST_ROUNDS,
+    warm_up_steps: int = WARM_UP_STEPS,
+) -> Samples:
     """Seconds of each step in each round. A round times every step once, in an order drawn anew.
 
-    Rounds go on until ``budget`` seconds have passed, and for ``LEAST_ROUNDS`` at least.
+    Rounds go on until ``budget`` seconds have passed, and for ``least_rounds`` at least.
     """
     for step in steps.values():
-        for _ in range(WARM_UP_STEPS):
+        for _ in range(warm_up_steps):
             seconds_of(step)
     shuffled = random.Random(0)
     samples: Samples = {name: [] for name in steps}
@@ -30,7 +39,7 @@ def interleaved(steps: dict[str, Step], seconds_of: Callable[[Step], float], bud
     gc.disable()
     try:
         end = time.perf_counter() + budget
-        while time.perf_counter() < end or len(next(iter(samples.values()))) < LEAST_ROUNDS:
+        while time.perf_counter() < end or len(next(iter(samples.values()))) < least_rounds:
             for name in shuffled.sample(list(steps), len(steps)):
                 samples[name].append(seconds_of(steps[name]))
     finally:
@@ -59,3 +68,13 @@ def import_seconds(repeats: int = 5) -> dict[str, float]:
     code = "import torch, time; begin = time.perf_counter(); import adamw_ext; print(time.perf_counter() - begin)"
     command = [sys.executable, "-c", code]
     return quartiles([float(subprocess.run(command, check=True, capture_output=True).stdout) for _ in range(repeats)])
+
+
+def build_seconds() -> float:
+    """Compiling the extension without CUDA kernels from nothing, with as many compilers as cores, into nowhere."""
+    environment = {name: value for name, value in os.environ.items() if name != "MAX_JOBS"} | {"ADAMW_EXT_CUDA": "0"}
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", folder, "--build-temp", folder]
+        begin = time.perf_counter()
+        subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, check=True, capture_output=True)
+        return time.perf_counter() - begin

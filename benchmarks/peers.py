@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -23,6 +23,8 @@ FUSED = "torch fused"
 FUSED_CAPTURED = "torch fused captured"
 FOREACH = "torch foreach"
 DEEPSPEED = "DeepSpeed CPUAdam"
+TORCHAO = "torchao AdamW"
+BITSANDBYTES = "bitsandbytes AdamW"
 APEX = "apex FusedAdam"
 TRANSFORMER_ENGINE = "TransformerEngine FusedAdam"
 FLOOR = "streaming floor"
@@ -30,6 +32,9 @@ COPY = "copy bandwidth"
 
 HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 WARM_UP_STEPS = 3
+
+RIVALS_ON_CPU = {DEEPSPEED: "deepspeed", TORCHAO: "torchao", BITSANDBYTES: "bitsandbytes"}  # if they are installed
+SLOW_ON_CPU = (TORCHAO, BITSANDBYTES)
 
 
 def moments(dtype: torch.dtype | None = None, temporaries: float = 0.0) -> Callable[[Workload], int]:
@@ -49,13 +54,15 @@ TWO_MOMENTS = moments()
 class Peer:
     """``make_step`` makes the step; ``memory`` is what that takes on the device beside params and gradients, in bytes.
 
-    ``against`` names the one of ours that runs in the same way. A floor moves bytes and computes nothing.
+    ``against`` names the one of ours that runs in the same way. A floor moves bytes and computes nothing. A slow one,
+    which takes many times as long as ours or compiles first, is measured for itself and in fewer rounds.
     """
 
     make_step: Callable[[list[Parameter]], Step]
     memory: Callable[[Workload], int] = TWO_MOMENTS
     against: str = OURS
     is_floor: bool = False
+    is_slow: bool = False
 
 
 def peers_on(device: str) -> dict[str, Peer]:
@@ -70,8 +77,18 @@ def peers_on(device: str) -> dict[str, Peer]:
 
 
 def cpu_peers() -> dict[str, Peer]:
-    peers = {DEEPSPEED: Peer(deepspeed)} if find_spec("deepspeed") else {}
-    return {**peers, FLOOR: Peer(streaming_floor, is_floor=True)}
+    rivals = {
+        DEEPSPEED: Peer(deepspeed),
+        TORCHAO: Peer(torchao, is_slow=True),
+        BITSANDBYTES: Peer(bitsandbytes, is_slow=True),
+    }
+    present = {name: peer for name, peer in rivals.items() if find_spec(RIVALS_ON_CPU[name])}
+    return {**present, FLOOR: Peer(streaming_floor, is_floor=True)}
+
+
+def rival_versions() -> dict[str, str]:
+    """Of the packages that bring the peers on the CPU."""
+    return {module: metadata.version(module) for module in RIVALS_ON_CPU.values() if find_spec(module)}
 
 
 def cuda_peers() -> dict[str, Peer]:
@@ -117,6 +134,15 @@ def deepspeed(params: list[Parameter]) -> Step:
 
     # Moments in the params' dtype, as the others have them.
     return DeepSpeedCPUAdam(params, **HYPERPARAMETERS, fp32_optimizer_states=params[0].dtype == torch.float32).step
+
+
+def torchao(params: list[Parameter]) -> Step:
+    # Without stochastic rounding, which its public classes of fewer bits have: the update of torch's AdamW, compiled.
+    return import_module("torchao.optim")._AdamW(params, **HYPERPARAMETERS).step
+
+
+def bitsandbytes(params: list[Parameter]) -> Step:
+    return import_module("bitsandbytes.optim").AdamW(params, **HYPERPARAMETERS).step
 
 
 def fused_adam(module: str, params: list[Parameter]) -> Step:

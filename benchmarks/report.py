@@ -15,7 +15,12 @@ METHOD = (
     "its round."
 )
 FLOORS = {
-    "cpu": "The streaming floor moves the same bytes with the same threads and computes nothing.",
+    "cpu": (
+        "The streaming floor moves the same bytes with the same threads and computes nothing. Of the peers that may be "
+        "installed, DeepSpeed's CPUAdam keeps moments in the params' dtype; torchao's AdamW (compiled, a call a param) "
+        "and bitsandbytes' (float32 moments, of bfloat16 params too) are measured after the others, each with ours and "
+        "the floor, in fewer rounds."
+    ),
     "cuda": (
         "Device time is what passes on the device between two events around a step, once the host has enqueued it all; "
         "host time is what passes until the call returns, on an idle device. Copy bandwidth is the time of "
@@ -51,7 +56,8 @@ def facts(result: Result) -> str:
         )
     return (
         f"{result['date']}, {result['device']}, {result['processor']}, {host}, "
-        f"torch {build['torch']}, adamw_ext {build['adamw_ext']} ({build['isa']}). "
+        f"torch {build['torch']}, adamw_ext {build['adamw_ext']} ({build['isa']})"
+        f"{''.join(f', {module} {version}' for module, version in result.get('rivals', {}).items())}. "
         f"Load average before the run: {result['load_average']:.2f}."
     )
 

@@ -10,8 +10,8 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterable
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from benchmarks.clocks import clocks_on
 from benchmarks.comparison import measure, reason
 from benchmarks.device import check_device, device_facts
 from benchmarks.kernels import kernels_of
-from benchmarks.measure import import_seconds
-from benchmarks.peers import DEEPSPEED, OURS, peers_on
+from benchmarks.measure import build_seconds, import_seconds
+from benchmarks.mode_timing import Bench, measure_clipping
+from benchmarks.modes_report import clipping_part
+from benchmarks.peers import OURS, rival_versions
 from benchmarks.report import markdown, peers_table, workload_summary
 from benchmarks.targets import judge
 from benchmarks.workloads import workloads_on
@@ -61,12 +63,33 @@ def add_kernels(result: dict[str, Any]) -> None:
                 workload["peers"][peer]["kernels"] = count
 
 
+def add_clipping(result: dict[str, Any], args: argparse.Namespace) -> None:
+    """``max_grad_norm`` against ``clip_grad_norm_`` before torch's step."""
+    for workload in workloads_on(args.device, args.quick):
+        if workload.name.startswith("gpt2") and workload.name in args.workloads:
+            seconds = QUICK_SECONDS if args.quick else args.seconds / 4
+            measured = measure_clipping(workload.dtype, Bench({workload.dtype: workload}), seconds)
+            result.setdefault("clipping", {})[workload.name] = measured
+
+
+def clipped_in(result: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    return result.get("clipping", {}).values()
+
+
+def add_build(result: dict[str, Any]) -> None:
+    try:
+        result["build_seconds"] = build_seconds()
+    except subprocess.SubprocessError as error:
+        result.setdefault("failures", {})["build"] = reason(error)
+
+
 def finish(result: dict[str, Any], path: Path) -> None:
     """Judge and write what there is so far: a run that is cut short leaves what it has measured."""
     if not result["quick"]:
         result["targets"] = judge(result)
     path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
-    path.with_suffix(".md").write_text(markdown(result))
+    clipping = [f"## Clipping, {clipped['dtype']}\n\n{clipping_part(clipped)}\n" for clipped in clipped_in(result)]
+    path.with_suffix(".md").write_text("\n".join([markdown(result), *clipping]))
 
 
 def main() -> None:
@@ -81,7 +104,7 @@ def main() -> None:
         "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "build": adamw_ext.build_info(),
-        "deepspeed": metadata.version("deepspeed") if DEEPSPEED in peers_on(args.device) else None,
+        "rivals": rival_versions() if args.device == "cpu" else {},
         "quick": args.quick,
         "import_seconds": import_seconds(),
         "workloads": {},
@@ -107,7 +130,12 @@ def main() -> None:
         sys.exit("No workload could be measured.")
     if args.device == "cuda":
         add_kernels(result)
-        finish(result, path)
+    else:
+        add_clipping(result, args)
+        if not args.quick:
+            finish(result, path)
+            add_build(result)
+    finish(result, path)
     from benchmarks.picture import draw  # last, when all is written: a GPU machine may lack matplotlib
 
     draw(result, path.with_suffix(".png"))

@@ -28,12 +28,13 @@ def release() -> None:
 def subsets(peers: dict[str, Peer], workload: Workload, free: int | None) -> list[list[str]]:
     """Lists of names that fit into ``free`` bytes each, with ours and the floors in every list.
 
-    Two peers whose ratio is wanted are never parted. A peer that fits nowhere raises MemoryError.
+    Two peers whose ratio is wanted are never parted. A slow peer has a list to itself, after the others. A peer that
+    fits nowhere raises MemoryError.
     """
     always = [name for name, peer in peers.items() if name == OURS or peer.is_floor]
     sets: list[list[str]] = []
     for name in peers:
-        if name in always:
+        if name in always or peers[name].is_slow:
             continue
         wanted = [peers[name].against, name]
         fitting = next((chosen for chosen in sets if fits(chosen + wanted, peers, workload, free)), None)
@@ -43,7 +44,8 @@ def subsets(peers: dict[str, Peer], workload: Workload, free: int | None) -> lis
                 raise MemoryError(f"{workload.name}: {name} with its rivals does not fit into {free:,} bytes")
             sets.append(fitting)
         fitting += [one for one in wanted if one not in fitting]
-    return [[name for name in peers if name in chosen] for chosen in sets or [always]]
+    alone = [[*always, name] for name, peer in peers.items() if peer.is_slow]
+    return [[name for name in peers if name in chosen] for chosen in [*(sets or [always]), *alone]]
 
 
 def fits(names: list[str], peers: dict[str, Peer], workload: Workload, free: int | None) -> bool:

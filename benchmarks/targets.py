@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.clocks import HOST
+from benchmarks.mode_timing import TORCH_AFTER
 from benchmarks.peers import COPY, FLOOR, FUSED, FUSED_CAPTURED, OURS, OURS_CAPTURABLE, OURS_CAPTURED
 
 Result = dict[str, Any]  # what step_time.py measures and writes as JSON
@@ -80,6 +81,8 @@ TARGETS = {
 }
 CAPTURED_KERNELS = 2
 IMPORT_SECONDS = 0.2
+BUILD_SECONDS = 60
+CLIPPING = 1.3  # times as long, clip_grad_norm_ before a step of torch's
 
 
 def row(work: str, wanted: str, measured: str | None, *, reached: bool = False, sure: bool = True) -> Result:
@@ -108,6 +111,14 @@ def judge(result: Result) -> list[Result]:
         temporaries = max(most_allocated(workload) for workload in workloads.values())
         wanted = "temporaries of a steady-state step"
         rows.append(row(wanted, "0 bytes", f"{temporaries:,} bytes", reached=temporaries == 0))
+    for clipping in result.get("clipping", {}).values():
+        title, ratio = f"clipping, GPT-2 small, {clipping['dtype']}", clipping["over_it"][TORCH_AFTER]
+        wanted = f">= {CLIPPING:g}x {TORCH_AFTER}"
+        sure = (ratio["q1"] >= CLIPPING) == (ratio["q3"] >= CLIPPING)
+        rows.append(row(title, wanted, spread(ratio, ".2f"), reached=ratio["median"] >= CLIPPING, sure=sure))
+    if (built := result.get("build_seconds")) is not None:
+        wanted = f"< {BUILD_SECONDS} s"
+        rows.append(row("build from source, CPU only", wanted, f"{built:.0f} s", reached=built < BUILD_SECONDS))
     seconds = result["import_seconds"]["median"]
     reached = seconds < IMPORT_SECONDS
     rows.append(row("import, beyond torch's own", f"< {IMPORT_SECONDS} s", f"{seconds:.3f} s", reached=reached))
