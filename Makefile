@@ -10,7 +10,7 @@ TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)" ninja numpy "setuptools>=68"
+	$(BIN)/pip install -q "$(TORCH)" ninja numpy "setuptools>=77"
 	$(BIN)/pip install -q --no-build-isolation -e ".[test,demo]"
 	touch $@
 
@@ -62,7 +62,7 @@ CUDA_COPY  := out/cuda-build
 
 $(CUDA_VENV)/installed: Makefile
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=68" "pytest>=8" "pytest-xdist>=3.5" \
+	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=77" "pytest>=8" "pytest-xdist>=3.5" \
 		"hypothesis>=6.100" "tqdm>=4.60" "nvidia-cuda-cuobjdump>=13,<14" "nvidia-cuda-nvdisasm>=13,<14"
 	touch $@
 

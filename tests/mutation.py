@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("csrc", "adamw_ext", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = ("csrc", "adamw_ext", "tests", "build_checks.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TESTS = (
     "tests/test_update.py",
     "tests/test_bits.py",
