@@ -170,8 +170,8 @@ def explanation(output: str, error: Exception) -> str:
     if OUT_OF_MEMORY.search(output):
         jobs = os.environ.get("MAX_JOBS", "one for each core")
         return (
-            f"A compiler was killed or found no memory: let fewer run at once by a lower MAX_JOBS (now {jobs}), such as "
-            "MAX_JOBS=1, or give the machine more memory."
+            f"A compiler was killed or found no memory: let fewer run at once by a lower MAX_JOBS (now {jobs}), "
+            "such as MAX_JOBS=1, or give the machine more memory."
         )
     first = FIRST_ERROR.search(output)
     if first is None:
