@@ -7,7 +7,6 @@ import contextlib
 import functools
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -63,10 +62,10 @@ def compiler_version() -> str:
     """The first line of the C++ compiler's --version. It is CXX, or c++, and from here on for compiling and linking."""
     command = os.environ.setdefault("CXX", "c++")
     advice = (
-        "install one, GCC 11 or newer (Debian and Ubuntu: apt install g++), or set CXX to the one that is to be used"
+        "install one, GCC 11 or newer (Debian and Ubuntu: apt install g++), or set CXX to a program, without options"
     )
     try:
-        answer = subprocess.run([*shlex.split(command), "--version"], capture_output=True, text=True)
+        answer = subprocess.run([command, "--version"], capture_output=True, text=True)
     except OSError as error:
         stop(f"adamw_ext needs a C++ compiler, but {command!r} cannot be run ({error.strerror}): {advice}.")
     if answer.returncode != 0 or not answer.stdout.strip():
