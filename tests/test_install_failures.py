@@ -200,6 +200,27 @@ def test_pip_ends_with_the_sentence(tmp_path):
     assert "'/nonexistent/g++' cannot be run" in lines[end - 1]
 
 
+def ask_python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+
+
+def test_another_torch_is_refused_at_the_import():
+    answer = ask_python("import torch; torch.__version__ = '2.12.1'; import adamw_ext")
+    assert answer.returncode == 1
+    last = answer.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: adamw_ext cannot be loaded with torch 2.12.1: it was compiled against torch ")
+    assert last.endswith("pip install --no-build-isolation --force-reinstall --no-deps .")
+
+
+def test_sources_that_were_not_compiled_say_so_at_the_import(sources):
+    answer = ask_python("import adamw_ext", sources)
+    assert answer.returncode == 1
+    last = answer.stderr.splitlines()[-1]
+    assert f"{sources / 'adamw_ext'} has not been compiled for Python" in last
+    assert "start Python in another one" in last
+    assert last.endswith("pip install --no-build-isolation -e .")
+
+
 GIB = 2**30
 
 

@@ -76,6 +76,20 @@ def build_wheel(python: Path, source: Path, out: Path, **variables: str) -> dict
     return json.loads(record.read_text())
 
 
+def environment(base: Path, folder: Path) -> Path:
+    """The Python of a fresh environment that sees the packages of ``base``, and has room for ours."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    run(base, "-m", "venv", "--clear", "--without-pip", folder, cwd=folder.parent, log=folder.with_suffix(".log"))
+    python = folder / "bin" / "python"
+    ask = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    own, others = (
+        subprocess.run([str(each), "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+        for each in (python, base)
+    )
+    Path(own, "base.pth").write_text(f"import site; site.addsitedir({others!r})\n")
+    return python
+
+
 def build_sdist(python: Path, source: Path, out: Path) -> Path:
     """Build the source archive, or take the one of a run before."""
     if not list(out.glob("*.tar.gz")):
