@@ -14,7 +14,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 OLDEST_SETUPTOOLS = 77  # the first that takes the licence as an expression, as pyproject.toml has it
 OLDEST_GCC = 9  # torch's headers refuse older ones; newer torch takes more, and then the compiler's first error says so
@@ -94,6 +94,14 @@ def check_toolkit(root: str, torch_cuda: str) -> None:
         stop(f"The CUDA toolkit in {root} is {found}, but torch was built with CUDA {torch_cuda}: {advice}.")
     if (int(release[1]), int(release[2])) < OLDEST_TOOLKIT:
         stop(f"adamw_ext needs a CUDA toolkit 12.1 or newer, but the one in {root} is {found}: {advice}.")
+
+
+def leave_out_pythons_folder(compiler: Any) -> None:
+    """Some Pythons (pyenv's) link extensions with their own folder as a place of libraries; ours may run in another."""
+    option = f"-Wl,-rpath,{sysconfig.get_config_var('LIBDIR')}"
+    for name in ("linker_so", "linker_so_cxx"):
+        if hasattr(compiler, name):
+            setattr(compiler, name, [word for word in getattr(compiler, name) if word != option])
 
 
 def find_ninja() -> None:

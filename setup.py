@@ -141,6 +141,7 @@ class BuildExtension(cpp_extension.BuildExtension):
         library.libraries.remove("torch_python")
         module.libraries.insert(0, "adamw_ext")
         module.library_dirs.insert(0, os.path.dirname(self.get_ext_fullpath(library.name)))
+        build_checks.leave_out_pythons_folder(self.compiler)
         build_checks.limit_jobs()
         with build_checks.failure_explained():
             super().build_extensions()
