@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short demo-cluster test test-slow test-trainers test-cuda-build gpu-check mutation mutation-sample \
+.PHONY: demo demo-short demo-cluster test test-slow test-trainers test-packaging test-cuda-build gpu-check mutation mutation-sample \
 	bench bench-modes bench-sharded lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
@@ -76,6 +76,21 @@ test-cuda-build: $(CUDA_VENV)/installed
 		status=$$?; cat kernels.log; test $$status = 0 && ! grep -q SKIPPED kernels.log
 	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(addprefix --ignore tests/test_,$(SAME_EVERYWHERE))
 
+# Wheels and the source archive: built, looked into, installed elsewhere and tested there, with each of the PYTHONS, or
+# the environments whose Pythons are BASES. Wheels are kept in out/packaging: remove it after a change.
+PYTHONS  ?= $(PYTHON)
+RECORD   ?= out/packaging
+BASES_OF := .venv-packaging
+
+$(BASES_OF)/%/installed: pyproject.toml
+	test -x $(@D)/bin/python || $* -m venv $(@D)
+	$(@D)/bin/pip install -q "$(TORCH)" ninja numpy "setuptools>=77" build "pytest>=8" "hypothesis>=6.100" "tqdm>=4.60"
+	touch $@
+
+test-packaging: $(VENV)/installed $(if $(BASES),,$(PYTHONS:%=$(BASES_OF)/%/installed))
+	$(BIN)/python -m pytest -v -m packaging tests/packaging --record $(RECORD) \
+		$(addprefix --base ,$(or $(BASES),$(PYTHONS:%=$(BASES_OF)/%/bin/python)))
+
 # On a machine with an NVIDIA GPU, with $(PYTHON)'s own torch and pytest and a CUDA toolkit: nothing is installed.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
@@ -120,4 +135,4 @@ format: $(VENV)/linters
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'adamw_ext/include/*' 'tests/sanitized/*' 'tests/libtorch/*')
 
 clean:
-	rm -rf $(VENV) $(TRAINERS_VENV) build out adamw_ext/*.so *.egg-info
+	rm -rf $(VENV) $(TRAINERS_VENV) $(BASES_OF) build out adamw_ext/*.so *.egg-info

@@ -113,7 +113,7 @@ def test_its_libraries_are_looked_for_beside_it_and_nowhere_else(wheel: Wheel, t
 def installed(wheel: Wheel) -> Path:
     """The Python of a fresh environment in which the wheel is installed, over the packages of its base."""
     python = builds.environment(wheel.base, wheel.folder / "environment")
-    install = ("install", "--no-index", "--no-cache-dir", wheel.path)  # and so with the torch that is there
+    install = ("install", "--no-index", "--no-cache-dir", "--no-deps", wheel.path)  # over the torch that is there
     builds.run(
         wheel.base, "-m", "pip", "--python", python, *install, cwd=wheel.folder, log=wheel.folder / "install.log"
     )
