@@ -12,8 +12,6 @@ import shutil
 import subprocess
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # which is left out where pip runs this file
-
 import build_checks
 from build_checks import compiler_version
 

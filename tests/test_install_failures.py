@@ -188,16 +188,28 @@ def test_without_ninja_it_builds_and_says_that_it_is_slow(sources, tmp_path):
     assert_ends_with(answer, "could not be compiled by", "#error this source does not compile")
 
 
-def test_pip_ends_with_the_sentence(tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."]
-    environment = {**os.environ, "CXX": "/nonexistent/g++"}
-    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+def assert_pip_ends_with(python: Path | str, folder: Path, *words: str, **variables: str) -> None:
+    command = [str(python), "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(folder), str(ROOT)]
+    answer = subprocess.run(command, cwd=folder, env=os.environ | variables, capture_output=True, text=True)
     assert answer.returncode == 1
     assert "Traceback" not in answer.stderr
     lines = [line.strip(" │╰─>") for line in answer.stderr.splitlines()]
     end = lines.index("[end of output]")
     assert "1 lines of output" in lines[end - 2]
-    assert "'/nonexistent/g++' cannot be run" in lines[end - 1]
+    assert all(word in lines[end - 1] for word in words), lines[end - 1]
+
+
+def test_pip_shows_the_sentence_alone(tmp_path):
+    assert_pip_ends_with(sys.executable, tmp_path, "'/nonexistent/g++' cannot be run", CXX="/nonexistent/g++")
+
+
+def test_pip_shows_the_sentence_where_setuptools_are_missing(tmp_path):
+    """In a fresh environment, as Python 3.12 and newer make it; older ones put old setuptools in."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "fresh"], check=True)
+    python = tmp_path / "fresh/bin/python"
+    pip = Path(subprocess.check_output([sys.executable, "-c", "import pip; print(pip.__file__)"], text=True)).parent
+    (tmp_path / "pip").symlink_to(pip)
+    assert_pip_ends_with(python, tmp_path, "setuptools, which is not installed", PYTHONPATH=str(tmp_path))
 
 
 def ask_python(code: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
