@@ -62,7 +62,7 @@ def compiler_version() -> str:
     """The first line of the C++ compiler's --version. It is CXX, or c++, and from here on for compiling and linking."""
     command = os.environ.setdefault("CXX", "c++")
     advice = (
-        "install one, GCC 11 or newer (Debian and Ubuntu: apt install g++), or set CXX to a program, without options"
+        "install one (GCC 12 is tested; Debian and Ubuntu: apt install g++), or set CXX to a program, without options"
     )
     try:
         answer = subprocess.run([command, "--version"], capture_output=True, text=True)
@@ -184,7 +184,7 @@ def explanation(output: str, error: Exception) -> str:
     if first is None:
         return f"adamw_ext could not be compiled by {compiler_version()!r}: {' '.join(str(error).split())}"
     return (
-        f"adamw_ext could not be compiled by {compiler_version()!r} (GCC 11 and newer are tested; CXX names another "
+        f"adamw_ext could not be compiled by {compiler_version()!r} (GCC 12 is tested; CXX names another "
         f"compiler). The first error is: {first[0].strip()}"
     )
 
