@@ -20,7 +20,7 @@ COLUMNS = {
 def write(folder: Path, rows: list[dict[str, Any]]) -> None:
     known = conditions()
     rows = [{**row, "kilobytes": round(row["bytes"] / 1000)} for row in rows]
-    result = {key: known[key] for key in ("date", "processor", "load_average")} | {"wheels": rows}
+    result = {key: known[key] for key in ("date", "processor")} | {"wheels": rows}
     write_dated(folder, "packaging", result, report(result))
 
 
@@ -28,10 +28,10 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# Wheels",
         "",
-        f"Built with {result['wheels'][0]['compiler']}, one compiler at once, on {result['date']} "
-        f"({result['processor']}, shared with other work: load {result['load_average']:.1f}), without CUDA kernels; "
+        f"Built with {result['wheels'][0]['compiler']} on {result['date']} ({result['processor']}), without CUDA kernels; "
         "each installed into an environment of its own and tested there from outside the checkout: files, metadata, no "
-        "path of the build, the tests below. Import: beyond torch's own, the least of seven processes.",
+        "path of the build, the tests below. The machine did other work, too, so that the seconds of a build are more "
+        "than it needs. Import: beyond torch's own, the least of seven processes.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"| {' | '.join('---' for _ in COLUMNS)} |",
