@@ -4,13 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short demo-cluster test test-slow test-trainers test-cuda-build gpu-check mutation mutation-sample \
+.PHONY: demo demo-short demo-cluster test test-slow test-trainers test-packaging test-cuda-build gpu-check mutation mutation-sample \
 	bench bench-modes bench-sharded lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q "$(TORCH)" ninja numpy "setuptools>=68"
+	$(BIN)/pip install -q "$(TORCH)" ninja numpy "setuptools>=77"
 	$(BIN)/pip install -q --no-build-isolation -e ".[test,demo]"
 	touch $@
 
@@ -62,7 +62,7 @@ CUDA_COPY  := out/cuda-build
 
 $(CUDA_VENV)/installed: Makefile
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=68" "pytest>=8" "pytest-xdist>=3.5" \
+	$(CUDA_VENV)/bin/pip install -q "$(CUDA_TORCH)" ninja numpy "setuptools>=77" "pytest>=8" "pytest-xdist>=3.5" \
 		"hypothesis>=6.100" "tqdm>=4.60" "nvidia-cuda-cuobjdump>=13,<14" "nvidia-cuda-nvdisasm>=13,<14"
 	touch $@
 
@@ -75,6 +75,21 @@ test-cuda-build: $(CUDA_VENV)/installed
 	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -v -rs tests/test_kernels_cuda.py > kernels.log; \
 		status=$$?; cat kernels.log; test $$status = 0 && ! grep -q SKIPPED kernels.log
 	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(addprefix --ignore tests/test_,$(SAME_EVERYWHERE))
+
+# Wheels and the source archive: built, looked into, installed elsewhere and tested there, with each of the PYTHONS, or
+# the environments whose Pythons are BASES. Wheels are kept in out/packaging: remove it after a change.
+PYTHONS  ?= $(PYTHON)
+RECORD   ?= out/packaging
+BASES_OF := .venv-packaging
+
+$(BASES_OF)/%/installed: pyproject.toml
+	test -x $(@D)/bin/python || $* -m venv $(@D)
+	$(@D)/bin/pip install -q "$(TORCH)" ninja numpy "setuptools>=77" build "pytest>=8" "hypothesis>=6.100" "tqdm>=4.60"
+	touch $@
+
+test-packaging: $(VENV)/installed $(if $(BASES),,$(PYTHONS:%=$(BASES_OF)/%/installed))
+	$(BIN)/python -m pytest -v -m packaging tests/packaging --record $(RECORD) \
+		$(addprefix --base ,$(or $(BASES),$(PYTHONS:%=$(BASES_OF)/%/bin/python)))
 
 # On a machine with an NVIDIA GPU, with $(PYTHON)'s own torch and pytest and a CUDA toolkit: nothing is installed.
 gpu-check:
@@ -121,4 +136,4 @@ format: $(VENV)/linters
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'adamw_ext/include/*' 'tests/sanitized/*' 'tests/libtorch/*')
 
 clean:
-	rm -rf $(VENV) $(TRAINERS_VENV) build out adamw_ext/*.so *.egg-info
+	rm -rf $(VENV) $(TRAINERS_VENV) $(BASES_OF) build out adamw_ext/*.so *.egg-info

@@ -12,7 +12,8 @@ import shutil
 import subprocess
 import sys
 
-from setuptools import setup
+import build_checks
+from build_checks import compiler_version
 
 
 def name_toolkit() -> None:
@@ -28,10 +29,12 @@ def name_toolkit() -> None:
         os.environ["CUDA_HOME"] = os.path.realpath(root[1].strip())
 
 
+build_checks.check_machine()
 name_toolkit()  # before torch looks for it, at the import
 
 try:
     import torch
+    from setuptools import setup
     from torch.utils import cpp_extension
 except ImportError as error:
     sys.exit(
@@ -66,12 +69,10 @@ def builds_cuda() -> bool:
     ]
     if choice == "1" and missing:
         sys.exit(f"ADAMW_EXT_CUDA=1, but {'; '.join(missing)}.")
-    return choice != "0" and not missing
-
-
-def compiler_version() -> str:
-    command = [os.environ.get("CXX", "c++"), "--version"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    if choice == "0" or missing:
+        return False
+    build_checks.check_toolkit(toolkit, torch.version.cuda)
+    return True
 
 
 def host_flags() -> list[str]:
@@ -101,9 +102,17 @@ def host_flags() -> list[str]:
     return flags
 
 
+def path_flags() -> list[str]:
+    """Error messages name source files: as they lie in the repository and in torch, not on the machine of the build."""
+    folders = {os.getcwd(): "adamw_ext", os.path.dirname(torch.__file__): "torch"}  # the last that fits is taken
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+
+
 def cuda_flags() -> list[str]:
     """As on the host: no contraction, and square roots, divisions and subnormal numbers as IEEE 754 has them."""
-    return ["-O3", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false", "--threads=0"]
+    return ["-O3", "--fmad=false", "--prec-div=true", "--prec-sqrt=true", "--ftz=false", "--threads=0"] + [
+        f"-Xcompiler={flag}" for flag in path_flags()
+    ]
 
 
 def cuda_architectures() -> str:
@@ -130,17 +139,21 @@ class BuildExtension(cpp_extension.BuildExtension):
         library.libraries.remove("torch_python")
         module.libraries.insert(0, "adamw_ext")
         module.library_dirs.insert(0, os.path.dirname(self.get_ext_fullpath(library.name)))
-        super().build_extensions()
+        build_checks.leave_out_pythons_folder(self.compiler)
+        build_checks.limit_jobs()
+        with build_checks.failure_explained():
+            super().build_extensions()
 
 
 LIBRARY = "libadamw_ext"
+build_checks.find_ninja()
 CUDA = builds_cuda()
 extension = cpp_extension.CUDAExtension if CUDA else cpp_extension.CppExtension
 sources = set(glob.glob("csrc/*/*.cpp") + (glob.glob("csrc/cuda/*.cu") if CUDA else []))
 module_sources = set(glob.glob("csrc/python/*.cpp"))
 common = {
     "include_dirs": [os.path.abspath("adamw_ext/include")],
-    "extra_compile_args": {"cxx": host_flags(), "nvcc": cuda_flags()},
+    "extra_compile_args": {"cxx": host_flags() + path_flags(), "nvcc": cuda_flags()},
 }
 own_folder = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 

@@ -5,16 +5,15 @@
 
 import torch  # first: it loads the libraries that the extension binds to
 
-try:
-    from adamw_ext import _C  # noqa: F401
-except ImportError as error:
-    from importlib import metadata
+from adamw_ext.loading import why_not_loaded, why_not_with, without_build
 
-    raise ImportError(
-        f"adamw_ext {metadata.version('adamw_ext')} cannot be loaded with torch {torch.__version__}: it works only "
-        "with the torch it was compiled against. Rebuild it in its source folder: "
-        f"pip install --no-build-isolation --force-reinstall --no-deps . ({error})"
-    ) from error
+try:
+    from adamw_ext import _C
+except ImportError as error:
+    raise ImportError(why_not_loaded(error)) from error
+
+if without_build(_C.built_with_torch) != without_build(torch.__version__):  # its classes may be laid out differently
+    raise ImportError(why_not_with(_C.built_with_torch))
 
 from adamw_ext import checkpoint, functional
 from adamw_ext.info import __version__, build_info, include_path, library_path

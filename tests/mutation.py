@@ -22,7 +22,7 @@ from benchmarks.device import conditions, write_dated
 from tests.faults import FAULTS, Fault
 
 ROOT = Path(__file__).parent.parent
-COPIED = ("csrc", "adamw_ext", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = ("csrc", "adamw_ext", "tests", "build_checks.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
 
