@@ -4,7 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short demo-cluster test test-slow test-trainers test-cuda-build gpu-check mutation mutation-sample \
+.PHONY: demo demo-short demo-cluster test test-slow test-trainers test-cuda-build test-sanitized \
+	test-sanitized-address test-sanitized-thread gpu-check mutation mutation-sample mutation-sanitized \
 	bench bench-modes bench-sharded lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
@@ -75,6 +76,17 @@ test-cuda-build: $(CUDA_VENV)/installed
 	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python -m pytest -v -rs tests/test_kernels_cuda.py > kernels.log; \
 		status=$$?; cat kernels.log; test $$status = 0 && ! grep -q SKIPPED kernels.log
 	cd $(CUDA_COPY) && $(CURDIR)/$(CUDA_VENV)/bin/python $(PYTEST) $(addprefix --ignore tests/test_,$(SAME_EVERYWHERE))
+
+# The extension built with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer, each in a copy of
+# the checkout, and the tests of its kernels and threads on those builds.
+test-sanitized: test-sanitized-address test-sanitized-thread
+
+test-sanitized-address test-sanitized-thread: test-sanitized-%: $(VENV)/installed
+	$(BIN)/python -m tests.sanitizers $*
+
+# On demand: the same, and seeded faults that the sanitizers must report.
+mutation-sanitized: $(VENV)/installed
+	$(BIN)/python -m tests.sanitized_mutation
 
 # On a machine with an NVIDIA GPU, with $(PYTHON)'s own torch and pytest and a CUDA toolkit: nothing is installed.
 gpu-check:

@@ -1,0 +1,285 @@
+"""The kernel tests on a build of the extension with sanitizers, over the CPU kernel and the emulated CUDA kernel.
+
+    python -m tests.sanitizers address|thread
+
+Builds a copy of the checkout in out/sanitize-NAME, with ADAMW_EXT_SANITIZE=NAME, and runs tests there, in a Python that
+loads the sanitizer first. `address` is AddressSanitizer with UndefinedBehaviorSanitizer, and LeakSanitizer over a
+program of its own; `thread` is ThreadSanitizer.
+
+Fails unless both libraries hold the sanitizer's calls, the programs of sanitizer_proofs.py that must be stopped are
+stopped, each file below has tests that pass, none fails, none is skipped, and no sanitizer has said anything.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parent.parent
+COMPILER = os.environ.get("CXX", "c++")
+LIBRARIES = ("adamw_ext/libadamw_ext.so", "adamw_ext/_C*.so")
+TIMEOUT = 1800  # seconds, for the tests: a deadlock, too, must end
+
+# What pytest takes, without tests marked slow or cuda: whole files, or single tests of them. A new file of tests that
+# reach into C++ belongs here.
+ADDRESS_TESTS = (
+    "tests/test_update.py",
+    "tests/test_bits.py",
+    "tests/test_dtypes.py",
+    "tests/test_emulation.py",
+    "tests/test_gradient_dtypes.py",
+    "tests/test_max_grad_norm.py",
+    "tests/test_stochastic_rounding.py",
+    "tests/test_master_weights.py",
+    "tests/test_split_masters.py",
+    "tests/test_bad_input.py",
+    "tests/test_script_class.py",
+)
+THREAD_TESTS = (
+    "tests/test_bits.py",
+    "tests/test_bad_input.py::test_two_threads_that_step_one_optimizer_take_turns_or_are_told",
+    "tests/test_bad_input.py::test_two_threads_that_make_the_first_step_of_one_optimizer",
+    "tests/test_bad_input.py::test_two_threads_with_an_optimizer_each_get_the_bits_of_one_thread",
+    "tests/test_bad_input.py::test_memory_that_another_thread_drops_during_a_step_stays_alive_for_it",
+    "tests/test_bad_input.py::test_another_thread_runs_python_during_a_long_step",
+    "tests/test_script_class.py::test_two_threads_take_turns",
+    "tests/test_script_class.py::test_saving_in_one_thread_while_another_zeroes_gradients_does_not_hang",
+)
+
+
+@dataclass(frozen=True)
+class Sanitizer:
+    runtime: str
+    calls: tuple[str, ...]  # that an instrumented library makes
+    options: dict[str, str]  # environment variables; {log} becomes where reports are written
+    proofs: dict[str, str]  # a program: what the sanitizer must say of it; "" where it must say nothing
+    tests: tuple[str, ...]
+
+
+SANITIZERS = {
+    "address": Sanitizer(
+        "libasan.so",
+        ("__asan_store4", "__ubsan_handle_"),
+        {
+            # Leaks are looked for by a program of their own: pytest and torch keep much until the end.
+            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:log_path={log}",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:log_path={log}",
+        },
+        {
+            "write_past_a_param": "heap-buffer-overflow",
+            "read_past_a_gradient": "heap-buffer-overflow",
+            "misaligned_param": "misaligned address",
+        },
+        ADDRESS_TESTS,
+    ),
+    "thread": Sanitizer(
+        "libtsan.so",
+        ("__tsan_write4",),
+        {"TSAN_OPTIONS": "exitcode=66:history_size=4:suppressions={suppressions}:log_path={log}"},
+        {
+            "two_optimizers_of_one_param": "data race",
+            "two_optimizers": "",
+            "one_optimizer": "",
+            "changing_threads": "",
+        },
+        THREAD_TESTS,
+    ),
+}
+
+
+class Failure(Exception):
+    """What is wrong, in words for the one who ran this."""
+
+
+def copy_checkout(tree: Path) -> None:
+    """What git knows and what it does not ignore; unchanged files keep their times, so that little is compiled anew."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
+
+
+class Sanitized:
+    """A copy of the checkout that is built and run with one sanitizer."""
+
+    def __init__(self, name: str, tree: Path) -> None:
+        self.name = name
+        self.sanitizer = SANITIZERS[name]
+        self.tree = tree
+        self.logs = tree / "out" / "reports"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        # The C++ library must be there when the sanitizer looks for the functions that throw.
+        preloaded = [self.runtime(library) for library in (self.sanitizer.runtime, "libstdc++.so.6")]
+        log, suppressions = self.logs / "report", self.tree / "tests" / "sanitized" / "tsan.supp"
+        options = {
+            key: value.format(log=log, suppressions=suppressions) for key, value in self.sanitizer.options.items()
+        }
+        return {
+            **os.environ,
+            **options,
+            "LD_PRELOAD": " ".join(preloaded),
+            "PYTHONPATH": str(self.tree),
+            "PYTHONMALLOC": "malloc",  # so that Python's own memory is watched, too
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+
+    @staticmethod
+    def runtime(library: str) -> str:
+        command = [COMPILER, f"-print-file-name={library}"]
+        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        if not os.path.isabs(path):
+            raise Failure(f"{COMPILER} has no {library}")
+        return path
+
+    def build(self) -> None:
+        copy_checkout(self.tree)
+        self.compile()
+
+    def compile(self) -> None:
+        for library in self.libraries():
+            library.unlink()  # what is tested is what is built now
+        environment = {**os.environ, "ADAMW_EXT_SANITIZE": self.name, "ADAMW_EXT_CUDA": "0"}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=self.tree, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise Failure(f"the build failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+
+    def libraries(self) -> list[Path]:
+        return [path for pattern in LIBRARIES for path in self.tree.glob(pattern)]
+
+    def check_instrumented(self) -> None:
+        libraries = self.libraries()
+        if len(libraries) != len(LIBRARIES):
+            raise Failure(f"the build made {libraries} and not {LIBRARIES}")
+        for library in libraries:
+            content = library.read_bytes()
+            missing = [call for call in self.sanitizer.calls if call.encode() not in content]
+            if missing:
+                raise Failure(f"{library} does not call {', '.join(missing)}: it is not instrumented")
+
+    def run(self, *arguments: str, timeout: float | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+        shutil.rmtree(self.logs, ignore_errors=True)
+        self.logs.mkdir(parents=True)
+        command = [sys.executable, *arguments]
+        environment = {**self.environment, **variables}
+        return subprocess.run(
+            command, cwd=self.tree, env=environment, capture_output=True, text=True, timeout=timeout, errors="replace"
+        )
+
+    def reports(self) -> str:
+        """What sanitizers have said in the latest run, in any of its processes."""
+        return "\n".join(path.read_text(errors="replace") for path in sorted(self.logs.glob("report.*")))
+
+    def check_import(self) -> None:
+        done = self.run("-c", "import adamw_ext; print(adamw_ext._C.__file__, adamw_ext.library_path())")
+        paths = done.stdout.split()
+        if done.returncode or not all(Path(path).is_relative_to(self.tree) for path in paths):
+            raise Failure(f"would test {paths} and not {self.tree}:\n{done.stderr[-3000:]}{self.reports()[:3000]}")
+
+    def prove(self, program: str, words: str) -> None:
+        """That the program is stopped with these words, or, where there are none, that it ends well."""
+        done = self.run("-m", "tests.sanitizer_proofs", program, timeout=TIMEOUT)
+        said = self.reports()
+        if words and (done.returncode == 0 or words not in said or "adamw_ext" not in said):
+            raise Failure(f"{program} must be stopped for {words!r}, but:\n{done.stderr[-3000:]}{said[:3000]}")
+        if not words and (done.returncode or said):
+            raise Failure(f"{program} must run through, but:\n{done.stderr[-3000:]}{said[:6000]}")
+
+    def check_leaks(self) -> None:
+        """No memory that was allocated by, or for, our libraries is lost at the end. Python's own and torch's is not
+        looked at: they keep some for as long as the process lives."""
+        options = "detect_leaks=1:fast_unwind_on_malloc=0:malloc_context_size=40"
+        done = self.run(
+            "-m",
+            "tests.sanitizer_proofs",
+            "keep_nothing",
+            ASAN_OPTIONS=f"{options}:log_path={self.logs / 'report'}",
+            LSAN_OPTIONS="exitcode=23:report_objects=0",
+        )
+        said = self.reports()
+        if done.returncode != 23 or "LeakSanitizer: detected memory leaks" not in said:
+            raise Failure(
+                f"LeakSanitizer did not look: exit status {done.returncode}\n{done.stderr[-2000:]}{said[:2000]}"
+            )
+        leaks = [leak for leak in re.split(r"\n\n+", said) if "leak of" in leak and "adamw_ext" in leak]
+        if leaks:
+            raise Failure(f"{len(leaks)} leaks through our libraries, first:\n{leaks[0]}")
+
+    def run_tests(self, tests: Sequence[str]) -> dict[str, int]:
+        """How many of each file passed; all that were chosen did, and at least one of each file."""
+        results = self.tree / "out" / "results.xml"
+        results.unlink(missing_ok=True)
+        # A crash is the sanitizer's to report, and not pytest's.
+        options = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not slow and not cuda"]
+        done = self.run("-m", "pytest", *options, f"--junit-xml={results}", *tests, timeout=TIMEOUT)
+        said = self.reports()
+        if done.returncode or said:
+            raise Failure(f"exit status {done.returncode}\n{done.stdout[-6000:]}{done.stderr[-3000:]}{said[:8000]}")
+        counts: Counter[str] = Counter()
+        for case in ElementTree.parse(results).getroot().iter("testcase"):
+            if len(case) and case[0].tag in ("skipped", "failure", "error"):
+                raise Failure(f"{case.get('classname')}, {case.get('name')}: {case[0].tag}: {case[0].get('message')}")
+            counts[f"{case.get('classname', '').replace('.', '/')}.py"] += 1
+        if missing := {test.partition("::")[0] for test in tests} - counts.keys():
+            raise Failure(f"no test of {', '.join(sorted(missing))} was run")
+        return dict(counts)
+
+
+def check(name: str, tree: Path) -> dict[str, Any]:
+    """Everything; what was done, and how long it took."""
+    sanitized = Sanitized(name, tree)
+    record: dict[str, Any] = {"sanitizer": name, "proofs": {}}
+
+    @contextmanager
+    def timed(what: str) -> Iterator[None]:
+        begin = time.monotonic()
+        yield
+        record[f"{what}_seconds"] = round(time.monotonic() - begin, 1)
+        print(f"{name}: {what}: {time.monotonic() - begin:.0f} s", flush=True)
+
+    with timed("build"):
+        sanitized.build()
+    sanitized.check_instrumented()
+    with timed("proofs"):
+        sanitized.check_import()
+        for program, words in sanitized.sanitizer.proofs.items():
+            sanitized.prove(program, words)
+            record["proofs"][program] = words or "runs through"
+            print(f"{name}: {program}: {record['proofs'][program]}", flush=True)
+        if name == "address":
+            sanitized.check_leaks()
+            record["proofs"]["keep_nothing"] = "no leak through our libraries"
+    with timed("tests"):
+        record["tests"] = sanitized.run_tests(sanitized.sanitizer.tests)
+    for file, count in record["tests"].items():
+        print(f"{name}: {count:4} tests pass: {file}")
+    print(f"{name}: {sum(record['tests'].values())} tests pass, and no sanitizer has said anything", flush=True)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.sanitizers", description=__doc__.splitlines()[0])
+    parser.add_argument("name", choices=SANITIZERS)
+    name = parser.parse_args().name
+    check(name, ROOT / "out" / f"sanitize-{name}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Failure as failure:
+        sys.exit(f"sanitizers: {failure}")
