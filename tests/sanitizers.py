@@ -73,7 +73,7 @@ SANITIZERS = {
         {
             # Leaks are looked for by a program of their own: pytest and torch keep much until the end.
             "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:log_path={log}",
-            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1:log_path={log}",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         },
         {
             "write_past_a_param": "heap-buffer-overflow",
@@ -176,9 +176,13 @@ class Sanitized:
         self.logs.mkdir(parents=True)
         command = [sys.executable, *arguments]
         environment = {**self.environment, **variables}
-        return subprocess.run(
+        done = subprocess.run(
             command, cwd=self.tree, env=environment, capture_output=True, text=True, timeout=timeout, errors="replace"
         )
+        # Beside AddressSanitizer, UndefinedBehaviorSanitizer takes no file to write to.
+        if "runtime error: " in done.stderr:
+            (self.logs / "report.undefined").write_text(done.stderr)
+        return done
 
     def reports(self) -> str:
         """What sanitizers have said in the latest run, in any of its processes."""
@@ -223,8 +227,8 @@ class Sanitized:
         """How many of each file passed; all that were chosen did, and at least one of each file."""
         results = self.tree / "out" / "results.xml"
         results.unlink(missing_ok=True)
-        # A crash is the sanitizer's to report, and not pytest's.
-        options = ["-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not slow and not cuda"]
+        # A crash is the sanitizer's to report, and not pytest's; what it prints must not be lost with pytest's capture.
+        options = ["--capture=sys", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-m", "not slow and not cuda"]
         done = self.run("-m", "pytest", *options, f"--junit-xml={results}", *tests, timeout=TIMEOUT)
         said = self.reports()
         if done.returncode or said:
