@@ -178,7 +178,7 @@ def main() -> int:
     records, faults = [], []
     for name in SANITIZERS:
         sanitized = Sanitized(name, ROOT / "out" / f"sanitize-{name}")
-        records.append(check(sanitized.name, sanitized.tree))
+        records.append(check(name, sanitized.tree, everything=True))
         for fault in (fault for fault in FAULTS if fault.sanitizer == name):
             begin = time.monotonic()
             found = seed(sanitized, fault)
