@@ -2,8 +2,8 @@
 
     python -m tests.sanitized_mutation [--all] [--out DIRECTORY]
 
-Runs tests/sanitizers.py first, with --all if that is given here, which must find nothing. Then each fault is built in the same copy of the checkout, and
-must be reported in our libraries. On demand; the record is written to benchmarks/results.
+Runs tests/sanitizers.py first, which must find nothing; with --all if that is given here. Then each fault is built in
+the same copy of the checkout, and must be reported in our libraries. On demand; the record goes to benchmarks/results.
 """
 
 import argparse
@@ -160,7 +160,7 @@ def report_of(records: list[dict[str, Any]], faults: list[dict[str, Any]], facts
         "# The extension under sanitizers",
         "",
         f"{facts['date']}, {facts['processor']}, torch {facts['build']['torch']}; "
-        "written by `python -m tests.sanitized_mutation`. Times are seconds of a processor: the machine did other work, too.",
+        "written by `python -m tests.sanitized_mutation`. Times: seconds of a processor.",
         "",
         "| sanitizer | build | proofs | tests | time of the tests | reports |",
         "| --- | --- | --- | --- | --- | --- |",

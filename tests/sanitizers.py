@@ -300,11 +300,10 @@ def check(name: str, tree: Path, *, everything: bool) -> dict[str, Any]:
 
     @contextmanager
     def timed(what: str) -> Iterator[None]:
-        nonlocal record
         begin, used = time.monotonic(), processor_seconds()
         yield
         took, used = time.monotonic() - begin, processor_seconds() - used
-        record |= {f"{what}_seconds": round(took, 1), f"{what}_processor_seconds": round(used, 1)}
+        record[f"{what}_seconds"], record[f"{what}_processor_seconds"] = round(took, 1), round(used, 1)
         print(f"{name}: {what}: {took:.0f} s, {used:.0f} s of a processor", flush=True)
 
     with timed("build"):
