@@ -12,10 +12,10 @@ namespace adamw_ext::cpu {
 
 #if defined(__SANITIZE_THREAD__)
 
-// ThreadSanitizer does not see the OpenMP runtime, which is not built with it, wake its threads and wait for them. It
-// is told those two orders, of this region alone, and no other: threads of a region that do not go by `next`, or two
-// regions at once, still race. How the compiler hands `work` to the threads lies before the first of them, so this
-// function, and nothing that it calls, is not watched.
+// ThreadSanitizer does not see how the OpenMP runtime, which is not built with it, wakes its threads and waits for them.
+// It is told those two orders, for this region alone: threads of one region still race with each other, and two regions
+// at once, too. The compiler's own handing over of `work` comes before the first order, so this function is not
+// watched; all that it calls is.
 template <class Work>
 __attribute__((no_sanitize("thread"), noinline)) void fork_join(int threads, const Work& work) {
   char forked, joined;
