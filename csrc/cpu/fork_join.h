@@ -12,9 +12,9 @@ namespace adamw_ext::cpu {
 
 #if defined(__SANITIZE_THREAD__)
 
-// ThreadSanitizer does not see how the OpenMP runtime, which is not built with it, wakes its threads and waits for them.
-// It is told those two orders, for this region alone: threads of one region still race with each other, and two regions
-// at once, too. The compiler's own handing over of `work` comes before the first order, so this function is not
+// ThreadSanitizer does not see how the OpenMP runtime, which is not built with it, wakes its threads and waits for
+// them. It is told those two orders, for this region alone: threads of one region still race with each other, and two
+// regions at once, too. The compiler's own handing over of `work` comes before the first order, so this function is not
 // watched; all that it calls is.
 template <class Work>
 __attribute__((no_sanitize("thread"), noinline)) void fork_join(int threads, const Work& work) {
