@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo demo-short demo-cluster test test-slow test-trainers test-packaging test-cuda-build gpu-check mutation mutation-sample \
-	bench bench-modes bench-sharded lint format clean
+.PHONY: demo demo-short demo-cluster test test-slow test-properties test-trainers test-packaging test-sanitized \
+	test-sanitized-address test-sanitized-thread test-cuda-build gpu-check mutation mutation-sample mutation-sanitized \
+	bench bench-all bench-modes bench-sharded long-run lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -33,6 +34,10 @@ test: $(VENV)/installed
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -m slow tests
 
+# Other random scenarios than the suite's; seed and counts go into benchmarks/results.
+test-properties: $(VENV)/installed
+	$(BIN)/python -m tests.long_properties --examples 1000 --out benchmarks/results
+
 # Other libraries' training loops with our optimizer in them, in an environment of their own over the project's, which
 # stays as it is: they bring a plugin for pytest and a torchvision that a CPU build of torch cannot import, and with them
 # a TorchScript test of the suite failed in a whole run. DeepSpeed calls ninja by name.
@@ -55,7 +60,7 @@ test-trainers: $(TRAINERS_VENV)/installed
 # of the checkout, looked into, and the suite run on that build. A skip in the first part would hide a failure.
 # Run before, or free of torch's version; and of the engines those that hold plain tensors, which take long.
 SAME_EVERYWHERE := sanitized.py parity.py bench_modes.py kernels_cuda.py migration.py ddp.py zero.py in_backward.py \
-	example_cluster.py
+	example_cluster.py long_run.py growth.py readme.py install_failures.py properties.py
 CUDA_TORCH := torch==2.11.0
 CUDA_VENV  := .venv-cuda
 CUDA_COPY  := out/cuda-build
@@ -91,6 +96,17 @@ test-packaging: $(VENV)/installed $(if $(BASES),,$(PYTHONS:%=$(BASES_OF)/%/insta
 	$(BIN)/python -m pytest -v -m packaging tests/packaging --record $(RECORD) \
 		$(addprefix --base ,$(or $(BASES),$(PYTHONS:%=$(BASES_OF)/%/bin/python)))
 
+# The extension built with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer, each in a copy of
+# the checkout, and the tests of its kernels and threads on those builds.
+test-sanitized: test-sanitized-address test-sanitized-thread
+
+test-sanitized-address test-sanitized-thread: test-sanitized-%: $(VENV)/installed
+	$(BIN)/python -m tests.sanitizers $*
+
+# On demand: the same, and seeded faults that the sanitizers must report.
+mutation-sanitized: $(VENV)/installed
+	$(BIN)/python -m tests.sanitized_mutation
+
 # On a machine with an NVIDIA GPU, with $(PYTHON)'s own torch and pytest and a CUDA toolkit: nothing is installed.
 gpu-check:
 	$(PYTHON) -m benchmarks.gpu_check
@@ -108,6 +124,15 @@ mutation-sample: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.readme
+
+bench-all: bench bench-modes bench-sharded
+
+# 10,000 steps against float64: errors, memory, resumes at random steps.
+long-run: $(VENV)/installed
+	$(BIN)/python -m benchmarks.long_run
+	$(BIN)/python -m benchmarks.readme
 
 # What each precision mode costs in bytes, time and final loss.
 bench-modes: $(VENV)/installed

@@ -2,6 +2,9 @@
 
 ADAMW_EXT_CUDA=auto|0|1 decides whether CUDA kernels are compiled; auto compiles them where torch was built with CUDA
 and nvcc is found. MAX_JOBS limits the number of compilers that run at once.
+
+ADAMW_EXT_SANITIZE=address|thread makes a build for tests/sanitizers.py: slow, and loadable only where that sanitizer's
+runtime was loaded first.
 """
 
 import glob
@@ -75,6 +78,35 @@ def builds_cuda() -> bool:
     return True
 
 
+# Of the undefined behaviours, four are left out, because they take half the time to compile: null pointers, pointers
+# that overflow, and objects that are too small (once accessed, all of them stop in AddressSanitizer), and objects of
+# another class than declared. Checks as calls, and no optimisation, halve the time again. Python's own flags let
+# integers wrap around, which would be no overflow then.
+SANITIZERS = {
+    "address": [
+        "-O0",
+        "-fno-wrapv",
+        "-fsanitize=address,undefined,float-cast-overflow",
+        "-fno-sanitize=null,pointer-overflow,object-size,vptr",
+        "-fno-sanitize-recover=all",
+        "--param=asan-instrumentation-with-call-threshold=0",
+        "-D_GLIBCXX_ASSERTIONS",
+    ],
+    "thread": ["-O1", "-fsanitize=thread"],
+}
+
+
+def sanitizer_flags() -> list[str]:
+    """What ADAMW_EXT_SANITIZE adds to the flags; nothing without it."""
+    choice = os.environ.get("ADAMW_EXT_SANITIZE", "")
+    if not choice:
+        return []
+    if choice not in SANITIZERS:
+        sys.exit(f"ADAMW_EXT_SANITIZE must be {' or '.join(SANITIZERS)}, but is {choice!r}.")
+    # Neither sanitizer sees vector code: it is one text, so the other instruction sets would be the baseline again.
+    return [*SANITIZERS[choice], "-g1", "-fno-omit-frame-pointer", "-DADAMW_EXT_X86_LEVELS=0"]
+
+
 def host_flags() -> list[str]:
     flags = [
         "-O3",
@@ -99,7 +131,7 @@ def host_flags() -> list[str]:
         # Compiled, but not linked: the symbols bind to the OpenMP runtime that torch has loaded, so that the process
         # has one thread pool and not two.
         flags.append("-fopenmp")
-    return flags
+    return flags + sanitizer_flags()
 
 
 def path_flags() -> list[str]:
@@ -155,15 +187,18 @@ common = {
     "include_dirs": [os.path.abspath("adamw_ext/include")],
     "extra_compile_args": {"cxx": host_flags() + path_flags(), "nvcc": cuda_flags()},
 }
+sanitizing = [flag for flag in sanitizer_flags() if flag.startswith("-fsanitize=")]
 own_folder = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 
 setup(
     ext_modules=[
-        extension(f"adamw_ext.{LIBRARY}", sources=sorted(sources - module_sources), **common),
+        extension(
+            f"adamw_ext.{LIBRARY}", sources=sorted(sources - module_sources), extra_link_args=sanitizing, **common
+        ),
         cpp_extension.CppExtension(
             "adamw_ext._C",
             sources=sorted(module_sources),
-            extra_link_args=[f"-Wl,-rpath,{own_folder}"],
+            extra_link_args=[f"-Wl,-rpath,{own_folder}", *sanitizing],
             **common,
         ),
     ],

@@ -36,6 +36,10 @@ def test_an_unknown_choice_is_refused_in_a_sentence():
     assert_refused(ask_setup("yes"), "must be auto, 0 or 1, but is 'yes'")
 
 
+def test_an_unknown_sanitizer_is_refused_in_a_sentence():
+    assert_refused(ask_setup("0", ADAMW_EXT_SANITIZE="memory"), "must be address or thread, but is 'memory'")
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA")
 def test_cuda_kernels_for_a_torch_without_cuda_are_refused_in_a_sentence():
     assert_refused(ask_setup("1"), "ADAMW_EXT_CUDA=1, but torch")

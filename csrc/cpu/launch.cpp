@@ -6,6 +6,7 @@
 #include <pthread.h>
 #endif
 
+#include "fork_join.h"
 #include "kernels.h"
 
 namespace adamw_ext::cpu {
@@ -145,8 +146,7 @@ void share_out(std::int64_t tasks, int threads, const Task& task) {
     for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);
   };
   if (threads <= 1) return work();
-#pragma omp parallel num_threads(threads)
-  work();
+  fork_join(threads, work);
 }
 
 }  // namespace
