@@ -28,10 +28,10 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         "# Wheels",
         "",
-        f"Built with {result['wheels'][0]['compiler']} on {result['date']} ({result['processor']}), without CUDA kernels; "
-        "each installed into an environment of its own and tested there from outside the checkout: files, metadata, no "
-        "path of the build, the tests below. The machine did other work, too, so that the seconds of a build are more "
-        "than it needs. Import: beyond torch's own, the least of seven processes.",
+        f"Built with {result['wheels'][0]['compiler']} on {result['date']} ({result['processor']}), without CUDA "
+        "kernels; each installed into an environment of its own and tested there from outside the checkout: files, "
+        "metadata, no path of the build, the tests below. The machine did other work, too, so that the seconds "
+        "of a build are more than it needs. Import: beyond torch's own, the least of seven processes.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         f"| {' | '.join('---' for _ in COLUMNS)} |",
