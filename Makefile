@@ -152,13 +152,13 @@ $(VENV)/linters: pyproject.toml
 lint: $(VENV)/installed $(VENV)/linters
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'adamw_ext/include/*' 'tests/sanitized/*' 'tests/libtorch/*')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'adamw_ext/include/*' 'tests/sanitized/*.cpp' 'tests/sanitized/*.h' 'tests/libtorch/*')
 	$(BIN)/mypy
 
 format: $(VENV)/linters
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'adamw_ext/include/*' 'tests/sanitized/*' 'tests/libtorch/*')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*' 'adamw_ext/include/*' 'tests/sanitized/*.cpp' 'tests/sanitized/*.h' 'tests/libtorch/*')
 
 clean:
 	rm -rf $(VENV) $(TRAINERS_VENV) $(BASES_OF) build out adamw_ext/*.so *.egg-info
