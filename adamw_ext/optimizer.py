@@ -226,7 +226,7 @@ class AdamW(torch.optim.AdamW):
                         conform_state(param, state, group)
                         drop_other_masters(param, state, group)
 
-    @torch._disable_dynamo  # as torch's
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. A step in another thread sees all gradients or none."""
         with self._turn:
