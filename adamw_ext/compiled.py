@@ -119,7 +119,7 @@ def run_unscaling_step(
     optimizer = numbered.get(trace.split(".")[0])
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step no longer exists")
-    with optimizer._stepping:
+    with optimizer._turn:
         own = flat_params(optimizer)
         if trace != optimizer._trace or not are_same(own, optimizer._traced_params):
             optimizer._traced_params = None  # fails the guards of all graphs

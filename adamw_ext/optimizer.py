@@ -4,7 +4,6 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Iterable
-from threading import RLock
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from adamw_ext.state import (
     storage_addresses,
 )
 from adamw_ext.torch_path import find_problem, step_group
+from adamw_ext.turns import take_turns
 
 if TYPE_CHECKING:
     from adamw_ext.compiled import Given
@@ -103,6 +103,10 @@ class AdamW(torch.optim.AdamW):
     Raises:
         ValueError, TypeError, RuntimeError: as torch.optim.AdamW for the same mistakes. ``step`` raises before it
             changes anything, and names the parameter, what was expected and what came.
+
+    Threads that use one optimizer take turns: steps, loads, ``add_param_group`` and ``zero_grad`` come one after the
+    other. Whoever writes to params, gradients or state by hand, or copies a state dict, must see to it that no other
+    thread is stepping. A fork waits for steps of other threads.
     """
 
     _stepper: _C.Stepper | None = None
@@ -153,7 +157,7 @@ class AdamW(torch.optim.AdamW):
 
     def _make_tools(self) -> None:
         """What belongs to this object and is neither copied nor pickled."""
-        self._stepping = RLock()  # threads that step one optimizer take turns
+        self._turn = take_turns()  # of the thread that steps or changes this optimizer
         self._mirror = _C.HyperMirror()
         self._skips = _C.DeviceNumbers("int64")
         self._sums_of_squares = _C.DeviceNumbers("float64")
@@ -167,8 +171,9 @@ class AdamW(torch.optim.AdamW):
             check_options(param_group, f" in param group {len(self.param_groups)}")
             if param_group.get("max_grad_norm") is not None:
                 check_has_all_params()
-        super().add_param_group(param_group)
-        self._traced_params = None
+        with self._turn:
+            super().add_param_group(param_group)
+            self._traced_params = None
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every param that has a gradient, all or none.
@@ -211,14 +216,21 @@ class AdamW(torch.optim.AdamW):
         For checkpoints that must hold all state, of frozen and never-used params too, and for capturing the first step:
         what a captured step created would be created anew by every replay, so a captured step refuses to.
         """
-        for group in self.param_groups:
-            for param in group["params"]:
-                state = self.state.get(param)
-                if not state:
-                    self.state[param] = new_state(param, group)
-                elif runs_in_kernel(param):
-                    conform_state(param, state, group)
-                    drop_other_masters(param, state, group)
+        with self._turn:
+            for group in self.param_groups:
+                for param in group["params"]:
+                    state = self.state.get(param)
+                    if not state:
+                        self.state[param] = new_state(param, group)
+                    elif runs_in_kernel(param):
+                        conform_state(param, state, group)
+                        drop_other_masters(param, state, group)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as torch's
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. A step in another thread sees all gradients or none."""
+        with self._turn:
+            super().zero_grad(set_to_none)
 
     def sync_hyperparameters(self) -> None:
         """Hand the groups' present numbers (lr, betas, eps, weight_decay, max_grad_norm, seed) to captured steps.
@@ -232,7 +244,8 @@ class AdamW(torch.optim.AdamW):
             ValueError, TypeError: a hyperparameter is not usable; those of groups before it have been handed over.
             RuntimeError: called while a graph is captured, which would write the same numbers at every replay.
         """
-        self._mirror.sync(self.param_groups)
+        with self._turn:
+            self._mirror.sync(self.param_groups)
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -269,7 +282,8 @@ class AdamW(torch.optim.AdamW):
     def state_dict(self) -> dict[str, Any]:
         """As torch's: groups, and references to the state. The remainders of sharded params ("split") are copies in
         int32, which every backend can gather; ``moment_dtype`` is a name."""
-        return collectable(super().state_dict())
+        with self._turn:
+            return collectable(super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class or of torch.optim.AdamW.
@@ -287,19 +301,20 @@ class AdamW(torch.optim.AdamW):
                 masters of a param, or one of a param that has none. Nothing has changed then.
         """
         hook_key = object()
-        self._optimizer_load_state_dict_pre_hooks[hook_key] = carry_tensors  # type: ignore[index]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            del self._optimizer_load_state_dict_pre_hooks[hook_key]  # type: ignore[arg-type]
-        self.sync_hyperparameters()
+        with self._turn:
+            self._optimizer_load_state_dict_pre_hooks[hook_key] = carry_tensors  # type: ignore[index]
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                del self._optimizer_load_state_dict_pre_hooks[hook_key]  # type: ignore[arg-type]
+            self.sync_hyperparameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if "param_groups" in self.__dict__:  # torch's load_state_dict; unpickling starts from nothing
             self._finish_load(state)
         super().__setstate__(state)
         self._stepper = None
-        if "_stepping" not in self.__dict__:
+        if "_turn" not in self.__dict__:
             self._make_tools()
         self._options = {key: self.defaults[key] for key in _DEFAULTS if key in self.defaults}
         if any(group.get("fused") for group in self.param_groups):
@@ -307,7 +322,7 @@ class AdamW(torch.optim.AdamW):
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None" = None) -> None:
         """One step; ``given``: with the gradients, and where it has some the stand-ins for params, of a graph."""
-        with self._stepping:
+        with self._turn:
             self._check_elsewhere(given)
             if self._stepper is None or not self._try_step(grad_scale, found_inf, given):
                 self._step_anew(grad_scale, found_inf, given)
@@ -333,6 +348,7 @@ class AdamW(torch.optim.AdamW):
     def _step_anew(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None") -> None:
         """One step with a new stepper, which creates missing state. On an error, state created here is taken back."""
         created: list[Tensor] = []
+        stepper = None
         try:
             stepper = self._make_stepper(created, given)
             self._stepper = None if given and given.stand_ins else stepper
@@ -345,8 +361,9 @@ class AdamW(torch.optim.AdamW):
                         drop_other_masters(param, state, group)
         except BaseException:
             self._stepper = None
-            for param in created:
-                self.state.pop(param, None)
+            if stepper is None or not stepper.started:  # an interrupt may come after the update
+                for param in created:
+                    self.state.pop(param, None)
             raise
 
     def _make_stepper(self, created: list[Tensor], given: "Given | None" = None) -> _C.Stepper:

@@ -7,12 +7,6 @@ of an optimizer that never saw the bad one.
 import contextlib
 import copy
 import functools
-import hashlib
-import os
-import signal
-import threading
-import time
-import traceback
 import warnings
 
 import pytest
@@ -20,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adamw_ext import AdamW
+from tests.children import in_child
 from tests.reference import Textbook
 
 SHAPES = [(5,), (3, 4), (70,)]
@@ -129,42 +124,6 @@ def assert_as_in(before, optimizer):
         assert now[kind].keys() == before[kind].keys(), f"{what} has come or gone"
         for owner, old in before[kind].items():
             assert same(old, now[kind][owner]), f"{what} has changed: {old} -> {now[kind][owner]}"
-
-
-def in_child(function, timeout=30):
-    """Runs function in a forked child, and returns the bytes that it returned. Fails if it raises, crashes or hangs."""
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python's, about forks of a process with threads
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(read)
-            answer = function() or b""
-            status = 0
-        except BaseException:
-            answer = traceback.format_exc().encode()
-        finally:
-            os.write(write, answer[:60_000])
-            os._exit(status)
-    os.close(write)
-    deadline = time.monotonic() + timeout
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            os.close(read)
-            pytest.fail(f"the child process hung for {timeout} s")
-        time.sleep(0.005)
-    with os.fdopen(read, "rb") as file:
-        answer = file.read()
-    assert not os.WIFSIGNALED(status), f"the child process died of signal {os.WTERMSIG(status)}"
-    assert os.WEXITSTATUS(status) == 0, answer.decode()
-    return answer
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -1348,162 +1307,3 @@ def test_a_group_added_after_steps_is_checked_like_the_first():
     run.refuse(r"'fourth' \(group 2, index 0\) cannot be updated")
     run.optimizer.param_groups.pop()
     run.recover()
-
-
-# --- Threads and forks -----------------------------------------------------------------------------------------------
-
-LARGE = 1 << 20  # long enough for a step to let other threads run meanwhile
-
-
-def large_run(seed=0):
-    param = torch.nn.Parameter(random((LARGE,), seed))
-    param.grad = random((LARGE,), 100 + seed)
-    return param, AdamW([param], lr=0.1)
-
-
-def stepped_alone(count, seed=0):
-    param, optimizer = large_run(seed)
-    for _ in range(count):
-        optimizer.step()
-    return param.detach()
-
-
-def in_threads(*functions):
-    barrier, failures = threading.Barrier(len(functions)), []
-
-    def guarded(function):
-        try:
-            barrier.wait()
-            function()
-        except BaseException as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures, failures
-
-
-def step_or_be_told(optimizer):
-    """Whether the step was made; if not, it raised an error that speaks of threads."""
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        if "thread" not in str(error):
-            raise
-        return False
-    return True
-
-
-def test_two_threads_that_step_one_optimizer_take_turns_or_are_told():
-    param, optimizer = large_run()
-    optimizer.step()
-    done = [True]
-
-    def work():
-        done.extend(step_or_be_told(optimizer) for _ in range(15))
-
-    in_threads(work, work)
-    done = [made for made in done if made]
-    assert optimizer.state[param]["step"].item() == len(done)
-    assert torch.equal(param.detach(), stepped_alone(len(done)))
-
-
-def test_two_threads_that_make_the_first_step_of_one_optimizer():
-    for _ in range(5):
-        param, optimizer = large_run()
-        done = []
-
-        def work(done=done, optimizer=optimizer):
-            done.append(step_or_be_told(optimizer))
-
-        in_threads(work, work)
-        assert optimizer.state[param]["step"].item() == sum(done) > 0
-        assert torch.equal(param.detach(), stepped_alone(sum(done)))
-
-
-def test_two_threads_with_an_optimizer_each_get_the_bits_of_one_thread():
-    runs = [large_run(seed) for seed in (0, 1)]
-    in_threads(*([lambda o=optimizer: [o.step() for _ in range(10)] for _, optimizer in runs]))
-    for seed, (param, _) in enumerate(runs):
-        assert torch.equal(param.detach(), stepped_alone(10, seed))
-
-
-def test_memory_that_another_thread_drops_during_a_step_stays_alive_for_it():
-    """A long step lets other threads run. They may drop every reference to its memory: it must not write to what the
-    allocator has given to others since. (Only the gradient is kept: reading ``.grad`` while another thread destroys it
-    crashes in torch itself, with or without an optimizer.)"""
-    for _ in range(10):
-        param, optimizer = large_run()
-        grad = param.grad
-        optimizer.step()
-        stepping, bystanders = threading.Event(), []
-
-        def drop(optimizer=optimizer, param=param, stepping=stepping, bystanders=bystanders):
-            stepping.wait()
-            param.grad = None
-            param.data = torch.zeros(3)
-            optimizer.state.clear()
-            bystanders.extend(torch.full((LARGE,), 5.0) for _ in range(4))
-
-        def step(optimizer=optimizer, stepping=stepping):
-            stepping.set()
-            with contextlib.suppress(*REFUSALS):
-                optimizer.step()
-
-        in_threads(drop, step)
-        assert grad.shape == (LARGE,)
-        assert all((tensor == 5.0).all() for tensor in bystanders)
-
-
-def test_another_thread_runs_python_during_a_long_step():
-    _, optimizer = large_run()
-    optimizer.step()
-    counted, stop = [0], threading.Event()
-
-    def count():
-        while not stop.is_set():
-            counted[0] += 1
-            time.sleep(0)
-
-    def work():
-        try:
-            for _ in range(20):
-                optimizer.step()
-        finally:
-            stop.set()
-
-    in_threads(count, work)
-    assert counted[0] > 20
-
-
-def digest(*tensors):
-    return hashlib.sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in tensors)).hexdigest().encode()
-
-
-@pytest.mark.parametrize("stepped_before", [True, False])
-def test_a_forked_child_steps_on_and_gets_the_same_bits(stepped_before):
-    """An OpenMP runtime that has lost its threads in a fork never returns from its next parallel region."""
-    param, optimizer = large_run()
-    optimizer.step()
-    if not stepped_before:
-        optimizer = AdamW([param], lr=0.1)
-        optimizer.init_state()
-
-    def work():
-        for _ in range(2):
-            optimizer.step()
-        return digest(param, *optimizer.state[param].values())
-
-    child = in_child(work)
-    assert child == work()
-
-
-def test_the_parent_steps_on_after_a_fork():
-    param, optimizer = large_run()
-    optimizer.step()
-    in_child(lambda: b"")
-    optimizer.step()
-    assert torch.equal(param.detach(), stepped_alone(2))
