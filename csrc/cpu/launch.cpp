@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -137,6 +138,20 @@ int threads_for(const Table& table, const LaunchOptions& options, std::int64_t t
   return static_cast<int>(std::min<std::int64_t>(options.threads, tasks));
 }
 
+// Threads have floating point environments of their own. All of them compute in the caller's, so that its
+// torch.set_flush_denormal and its rounding hold for every element or for none.
+class CallersArithmetic {
+ public:
+  explicit CallersArithmetic(const std::fenv_t& callers) {
+    std::fegetenv(&own_);
+    std::fesetenv(&callers);
+  }
+  ~CallersArithmetic() { std::fesetenv(&own_); }
+
+ private:
+  std::fenv_t own_;
+};
+
 // Calls task(i) for each i below `tasks`, once. Threads take the next one when they are done with one, so a thread
 // that the system holds up delays one task.
 template <class Task>
@@ -146,7 +161,12 @@ void share_out(std::int64_t tasks, int threads, const Task& task) {
     for (std::int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);
   };
   if (threads <= 1) return work();
-  fork_join(threads, work);
+  std::fenv_t callers;
+  std::fegetenv(&callers);
+  fork_join(threads, [&] {
+    const CallersArithmetic same(callers);
+    work();
+  });
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #include "groups.h"
 #include "members.h"
 #include "tensors.h"
+#include "unlocked.h"
 #include "watch.h"
 
 namespace py = pybind11;
@@ -74,8 +75,7 @@ class PythonStepper {
     started_ = true;
     if (sharded_.any()) sharded_.bump_versions(grads_);
     if (stepper_.is_long()) {
-      const py::gil_scoped_release unlocked;
-      run();
+      without_interpreter_lock([&] { run(); });
     } else {
       run();
     }

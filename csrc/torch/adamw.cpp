@@ -3,15 +3,27 @@
 #include <adamw_ext/adamw.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <mutex>
+#include <new>
 #include <set>
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
 
 #include "param_state.h"
 #include "stepper.h"
 
 namespace adamw_ext {
 namespace {
+
+// How many forks lie between this process and the one that loaded the library.
+std::atomic<std::uint64_t> forks{0};
+
+#if defined(__unix__) || defined(__APPLE__)
+const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++forks; });
+#endif
 
 Hyper hyper_of(const AdamWOptions& options) {
   return {options.lr,
@@ -58,8 +70,10 @@ struct AdamW::Impl {
 
   AdamWOptions defaults;
   mutable std::recursive_mutex mutex;
-  bool stepping = false;
-  bool started = false;  // the latest step has changed something
+  mutable std::atomic<std::uint64_t> forks_seen{forks.load()};
+  mutable bool stepping = false;
+  mutable bool torn = false;  // forked in the middle of a step
+  bool started = false;       // the latest step has changed something
   std::vector<Group> groups;
   std::vector<at::Tensor> params;  // of all groups
   std::vector<Place> places;       // of all params
@@ -73,7 +87,11 @@ struct AdamW::Impl {
    public:
     enum class To { read, change };
 
-    Turn(const Impl& impl, To to) : lock_(impl.mutex) {
+    Turn(const Impl& impl, To to) : lock_(impl.mutex_of_this_process()) {
+      TORCH_CHECK(
+          to == To::read || !impl.torn,
+          "this process was forked while another thread was in a step of this optimizer, whose params and state "
+          "may be half updated: make a new one");
       TORCH_CHECK(to == To::read || !impl.stepping, "an optimizer cannot be changed from within its own step");
     }
 
@@ -90,6 +108,17 @@ struct AdamW::Impl {
 
   template <class Set>
   void set_of(std::optional<std::int64_t> index, const Set& set);
+
+  // A thread that held the mutex when this process was forked does not exist here, and will never give it back.
+  std::recursive_mutex& mutex_of_this_process() const {
+    const std::uint64_t now = forks.load();
+    if (forks_seen.exchange(now) != now) {
+      new (&mutex) std::recursive_mutex;
+      torn |= stepping;
+      stepping = false;
+    }
+    return mutex;
+  }
 
   Turn read() const { return Turn(*this, Turn::To::read); }
   Turn change() { return Turn(*this, Turn::To::change); }
