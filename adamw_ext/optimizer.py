@@ -308,7 +308,6 @@ class AdamW(torch.optim.AdamW):
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None" = None) -> None:
         """One step; ``given``: with the gradients, and where it has some the stand-ins for params, of a graph."""
         with self._stepping:
-            self._check_elsewhere(given)
             if self._stepper is None or not self._try_step(grad_scale, found_inf, given):
                 self._step_anew(grad_scale, found_inf, given)
             if self._elsewhere:
@@ -323,6 +322,10 @@ class AdamW(torch.optim.AdamW):
         if given and given.stand_ins:
             return False
         try:
+            self._check_elsewhere(given)
+        except (RuntimeError, ValueError, TypeError, KeyError):
+            return False  # as below: what is left to torch may have changed since the stepper was made
+        try:
             grads = given.grads if given else None
             return self._stepper.step(self.param_groups, self.state, grad_scale, found_inf, grads)
         except (RuntimeError, ValueError, TypeError, KeyError):
@@ -331,10 +334,11 @@ class AdamW(torch.optim.AdamW):
             return False  # a new stepper either takes the change (params moved to another dtype) or raises the same
 
     def _step_anew(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None") -> None:
-        """One step with a new stepper, which creates missing state. On an error, state created here is taken back."""
-        created: list[Tensor] = []
+        """One step with a new stepper, which creates missing state and brings other state into form. On an error, the
+        state is again what it was."""
+        before: list[tuple[Tensor, Any, dict[str, Any] | None]] = []  # (param, its state, a copy of that if it has any)
         try:
-            stepper = self._make_stepper(created, given)
+            stepper = self._make_stepper(before, given)
             self._stepper = None if given and given.stand_ins else stepper
             grads = given.grads if given else None
             if not stepper.step(self.param_groups, self.state, grad_scale, found_inf, grads):
@@ -345,11 +349,23 @@ class AdamW(torch.optim.AdamW):
                         drop_other_masters(param, state, group)
         except BaseException:
             self._stepper = None
-            for param in created:
-                self.state.pop(param, None)
+            for param, state, items in before:
+                if state is None:
+                    self.state.pop(param, None)
+                else:
+                    state.clear()
+                    state.update(items)
+                    self.state[param] = state
             raise
 
-    def _make_stepper(self, created: list[Tensor], given: "Given | None" = None) -> _C.Stepper:
+    def _make_stepper(
+        self, before: list[tuple[Tensor, Any, dict[str, Any] | None]], given: "Given | None" = None
+    ) -> _C.Stepper:
+        """A stepper over the present params. ``before`` receives what state is replaced or changed, and of whom."""
+        if not isinstance(self.param_groups, list) or not isinstance(self.state, dict):
+            wrong = "state must be a dict" if isinstance(self.param_groups, list) else "param_groups must be a list"
+            found = self.state if isinstance(self.param_groups, list) else self.param_groups
+            raise TypeError(f"{wrong}, but is a {type(found).__name__}")
         members: list[Member] = []
         sums = SumsOfSquares()
         clips = any(group.get("max_grad_norm") is not None for group in self.param_groups)
@@ -374,9 +390,11 @@ class AdamW(torch.optim.AdamW):
                 if capturing and param.is_cuda and has_grad:
                     check_ready_for_capture(target, state, group, name)
                 if state and not (capturing and not has_grad):
-                    conform_state(target, state, group)
+                    if misfits(target, state, group):
+                        before.append((param, state, dict(state)))
+                        conform_state(target, state, group)
                 elif not state and has_grad:
-                    created.append(param)
+                    before.append((param, state, state))
                     state = self.state[param] = new_state(target, group)
                 is_left_out = capturing and not has_grad  # its state may still have to be converted
                 first, places = elements_of(param, name) if group.get("stochastic_rounding") else (0, None)
@@ -478,7 +496,14 @@ def check_options(options: dict[str, Any], where: str) -> None:
 
 def is_norm(value: Any) -> bool:
     """Whether max_grad_norm may be this."""
-    return value is None or (isinstance(value, numbers.Real) and float(value) >= 0.0)
+    return value is None or (isinstance(value, numbers.Real) and not is_nan_or_negative(value))
+
+
+def is_nan_or_negative(value: numbers.Real) -> bool:
+    try:
+        return not float(value) >= 0.0
+    except OverflowError:  # an int beyond all floats
+        return True
 
 
 def check_left_to_torch(group: dict[str, Any], param: Tensor, name: Callable[[], str]) -> None:

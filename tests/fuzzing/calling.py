@@ -120,9 +120,7 @@ def operators(random: Random) -> Outcome:
         if call["lr"] is not None and type(call["lr"]) in (float, Tensor) and random.random() < 0.9:
             tensor = isinstance(call["lr"], Tensor)
             chosen = operator.tensor_lr if tensor else operator.default
-        if random.random() < 0.1:
-            chosen(**call)  # recording
-        with torch.no_grad():
+        with torch.set_grad_enabled(random.random() < 0.1):
             chosen(**call)
 
     return try_functional(random, run)

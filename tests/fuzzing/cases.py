@@ -62,7 +62,7 @@ def check_error(error: Exception, *, raw: bool = False) -> None:
         raise Broken(f"a {type(error).__name__} is no error for users: {error}") from error
     text = "" if isinstance(error, Planted) else str(error)
     for words in () if raw else RAW:
-        if words in text:
+        if words in text and "Expected a value of type" not in text:  # torch's words for its operators and classes
             raise Broken(f"an internal message: {text[:300]}") from error
     if not text.strip() and not isinstance(error, (Planted, AttributeError)):
         raise Broken(f"a {type(error).__name__} that says nothing") from error
