@@ -82,8 +82,9 @@ def try_functional(random: Random, run: Callable[[dict[str, Any]], Any]) -> Outc
     call = good_call(random)
     good = {key: list(value) if isinstance(value, list) else value for key, value in call.items()}
     spoils = random.choice((0, 1, 1, 1, 2))
-    for _ in range(spoils):
-        spoil_call(call, random)
+    with junk.readable_only(spoils > 1):
+        for _ in range(spoils):
+            spoil_call(call, random)
     memory = Memory(tensors_of([good, call]))
     predicted = textbook(call) if spoils == 0 else []
     error = attempt(lambda: run(call))
@@ -103,7 +104,7 @@ def functional_form(random: Random) -> Outcome:
     def run(call: dict[str, Any]) -> None:
         more = {}
         if random.random() < 0.1:
-            more[random.choice(("capturable", "differentiable"))] = random.choice((True, junk.value(random)))
+            more[random.choice(("capturable", "differentiable"))] = random.choice((True, False, 1, None))
         with torch.no_grad():
             functional.adamw(**call, **more)
 
@@ -113,7 +114,9 @@ def functional_form(random: Random) -> Outcome:
 @entrance
 def operators(random: Random) -> Outcome:
     operator = torch.ops.adamw_ext.adamw_
-    overload = random.choice((operator, operator.default, operator.tensor_lr, operator.unmarked, operator.unmarked_tensor_lr))
+    overload = random.choice(
+        (operator, operator.default, operator.tensor_lr, operator.unmarked, operator.unmarked_tensor_lr)
+    )
 
     def run(call: dict[str, Any]) -> None:
         chosen = overload
@@ -149,7 +152,9 @@ def compiled_operators(random: Random) -> Outcome:
         elif kind == 1 and which:
             which.pop() if random.random() < 0.5 else which.append(which[0])
         elif kind == 2:
-            numbers = random.choice(([-1] * len(numbers), [2**62] * len(numbers), [0] * len(numbers), numbers[1:], junk.value(random)))
+            numbers = random.choice(
+                ([-1] * len(numbers), [2**62] * len(numbers), [0] * len(numbers), numbers[1:], junk.value(random))
+            )
         elif kind == 3:
             trace = random.choice(("", ".", "0.0", "-1.5", "x" * 1000, f"{optimizer._number}.", junk.value(random)))
         elif kind == 4:
@@ -184,7 +189,7 @@ def functional_script(random: Random) -> Outcome:
     for _ in range(random.choice((1, 1, 2))):
         kind = random.randrange(5)
         if kind == 0:
-            grads[0] = junk.spoil(grads[0], random) if type(grads) is list else None
+            grads = [junk.spoil(grads[0], random), *grads[1:]] if type(grads) is list and grads else None
         elif kind == 1:
             grads = random.choice(([], grads, junk.value(random), tuple(grads) if type(grads) is list else None))
         elif kind == 2:

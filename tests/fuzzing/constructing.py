@@ -51,9 +51,13 @@ def spoilt_params(params: list[Any], random: Random) -> Any:
         items.append(random.choice((items[0], junk.value(random))))
     elif kind == 4:
         items = [(f"p{i}", item) for i, item in enumerate(items)]
-        items[0] = random.choice((items[0], params[0], ("p", junk.value(random)), (junk.value(random), params[0]), ("p",)))
+        items[0] = random.choice(
+            (items[0], params[0], ("p", junk.value(random)), (junk.value(random), params[0]), ("p",))
+        )
     elif kind == 5:
-        return random.choice((junk.value(random), iter(items), tuple(items), items[0], set(items), dict(enumerate(items))))
+        return random.choice(
+            (junk.value(random), iter(items), tuple(items), items[0], set(items), dict(enumerate(items)))
+        )
     if random.random() < 0.3:
         given = [random.choice((items[:1], *items[:1], junk.value(random))), items[1:]]
         return [{"params": one, **options(random)} for one in given] + random.choice(([], [{}], [junk.value(random)]))
@@ -105,7 +109,9 @@ def add_param_group(random: Random) -> Outcome:
     elif kind < 0.2:
         group = random.choice((junk.Dict, junk.LyingDict))(group)
     elif kind < 0.3:
-        group["params"] = random.choice((subject.params, subject.params[:1], [new[0], subject.params[0]], [new[0], new[0]]))
+        group["params"] = random.choice(
+            (subject.params, subject.params[:1], [new[0], subject.params[0]], [new[0], new[0]])
+        )
     elif kind < 0.35:
         del group["params"]
     elif kind < 0.45:

@@ -24,7 +24,7 @@ def source_dict(subject: Subject, random: Random) -> dict[str, Any]:
     groups = [[torch.nn.Parameter(param.detach().clone()) for param in group["params"]] for group in
               subject.optimizer.param_groups]  # fmt: skip
     params = [param for group in groups for param in group]
-    options: dict[str, Any] = {"amsgrad": random.random() < 0.3, "capturable": random.random() < 0.2}
+    options: dict[str, Any] = {"amsgrad": random.random() < 0.3}
     if kind < 0.75:
         made: Any = torch.optim.AdamW([{"params": group} for group in groups], **options)
     else:
@@ -45,7 +45,7 @@ def wrapped(state_dict: dict[str, Any], random: Random) -> Any:
         return random.choice((junk.Dict, junk.LyingDict))(state_dict)
     if kind == 2:
         return list(state_dict.items())
-    if kind == 3:
+    if kind == 3 and isinstance(state_dict.get("state"), dict):
         state_dict["state"] = random.choice((list(state_dict["state"].values()), junk.Dict(state_dict["state"])))
     return state_dict
 
@@ -77,7 +77,7 @@ def load_state_dict(random: Random) -> Outcome:
     if random.random() < 0.08 and loaded.keys() >= {"state", "param_groups"}:
         try:
             renumber(loaded, random)
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, AttributeError):
             pass
     given = wrapped(loaded, random)
     if random.random() < 0.15:
@@ -102,8 +102,8 @@ def spoil_own(subject: Subject, random: Random) -> None:
 def check_loaded(subject: Subject, inputs: list[Tensor], memory: Memory) -> None:
     """What was loaded is not shared, and the next step is made or refused like any other."""
     optimizer = subject.optimizer
-    state = [value for items in optimizer.state.values() if isinstance(items, dict) for value in items.values()]
-    own = tensors_of(list(state))
+    known = {id(param) for param in subject.params}  # what belongs to no param is kept as it came, as torch's does
+    own = tensors_of([items for owner, items in optimizer.state.items() if id(owner) in known])
     if shares(own, inputs):
         raise Broken("state shares memory with the loaded dict")
     predicted = predict(optimizer)
@@ -197,7 +197,10 @@ def setstate(random: Random) -> Outcome:
 def setstate_of_a_living_optimizer(random: Random) -> Outcome:
     """__setstate__ of an optimizer that has params is torch's way to end a load."""
     subject = Subject(random)
-    incoming: Any = {"state": dict(subject.optimizer.state), "param_groups": [*map(dict, subject.optimizer.param_groups)]}
+    incoming: Any = {
+        "state": dict(subject.optimizer.state),
+        "param_groups": [*map(dict, subject.optimizer.param_groups)],
+    }
     incoming["state"] = {owner: dict(items) for owner, items in incoming["state"].items()}
     for _ in range(random.choice((1, 2))):
         mutate(incoming, random)
@@ -234,7 +237,9 @@ def copies(random: Random) -> Outcome:
     with others_stay(list(subject.params)):
         error = copy_error(lambda: made.append(way()))
         if error is None and isinstance(made[0], AdamW) and way is not None:
-            independent = all(a is not b for a, b in zip(tensors_of(made[0].param_groups), subject.params, strict=False))
+            independent = all(
+                a is not b for a, b in zip(tensors_of(made[0].param_groups), subject.params, strict=False)
+            )
             if independent:
                 for param in tensors_of(made[0].param_groups):
                     if is_readable(param) and param.is_leaf and param.requires_grad:

@@ -15,10 +15,14 @@ def places(value: Any, random: Random, chance: float = 0.35) -> tuple[Any, Any]:
     while True:
         keys = keys_of(value)
         key = random.choice(keys)
-        inner = value[key]
+        inner = item(value, key)
         if not isinstance(inner, (dict, list)) or not keys_of(inner) or random.random() < chance:
             return value, key
         value = inner
+
+
+def item(container: Any, key: Any) -> Any:
+    return dict.__getitem__(container, key) if isinstance(container, dict) else container[key]
 
 
 def keys_of(value: Any) -> list[Any]:
@@ -31,24 +35,24 @@ def mutate(root: Any, random: Random) -> None:
         return
     container, key = places(root, random)
     kind = random.randrange(9)
-    old = container[key]
+    old = item(container, key)
     if kind == 0:
         del container[key]
     elif kind == 1:
         put(container, random.choice((junk.value(random), -1, 10**30, "0", 0.0, True, (0,), old_key(key))), old, random)
     elif kind == 2:
         other, other_key = places(root, random)
-        container[key], other[other_key] = other[other_key], container[key]
+        container[key], other[other_key] = item(other, other_key), old
     elif kind == 3:
         container[key] = places(root, random)[0]  # may be cyclic
     elif kind == 4:
         other, other_key = places(root, random)
-        container[key] = other[other_key]
+        container[key] = item(other, other_key)
     elif kind == 5 and isinstance(old, dict):
         wrap = random.choice((OrderedDict, junk.Dict, junk.LyingDict, lambda items: list(items.items())))
         container[key] = wrap(old)
     elif kind == 5 and isinstance(old, list):
-        container[key] = random.choice((tuple, dict.fromkeys, iter, lambda items: items + items))(old)
+        container[key] = random.choice((tuple, enumerate, iter, lambda items: items + items))(old)
     elif isinstance(old, Tensor):
         container[key] = junk.spoil(old, random)
     elif isinstance(old, (int, float)) or old is None:
@@ -78,4 +82,6 @@ def copied(value: Any) -> Any:
         return {key: copied(item) for key, item in value.items()}
     if isinstance(value, list):
         return [copied(item) for item in value]
+    if type(value) is tuple:
+        return tuple(map(copied, value))
     return value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)

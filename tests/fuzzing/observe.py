@@ -33,6 +33,8 @@ def is_readable(tensor: Any) -> bool:
     plain = tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_nested
     if not plain or torch._C._functorch.is_batchedtensor(tensor) or tensor._is_zerotensor():
         return False
+    if tensor.numel() > 0 and torch._C._data_address(tensor) == 0:
+        return False
     last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() < 10**6 and tensor.untyped_storage().nbytes() >= (last + 1) * tensor.itemsize
 
@@ -96,8 +98,10 @@ class Snapshot:
         self.numbers = numbers_of(optimizer)
         params = params_of(optimizer)
         grads = [grad for grad in map(grad_of, params) if grad is not None]
-        self.memory = Memory([*params, *grads, *tensors_of([list(group.values()) for group in groups_of(optimizer)])])
-        self.state_memory = Memory(tensors_of([list(items.values()) for items in dicts(optimizer.state.values())]))
+        self.memory = Memory(
+            [*params, *grads, *tensors_of([list(dict.values(group)) for group in groups_of(optimizer)])]
+        )
+        self.state_memory = Memory(tensors_of([list(dict.values(items)) for items in dicts(optimizer.state.values())]))
 
     def assert_unchanged(self) -> None:
         groups = [(id(group), structure(group)) for group in self.optimizer.param_groups]

@@ -11,6 +11,7 @@ from tests.fuzzing import junk
 from tests.fuzzing.cases import Outcome, attempt, entrance, guarded
 from tests.fuzzing.mutate import copied, mutate
 from tests.fuzzing.observe import Broken, Memory, tensors_of
+from tests.fuzzing.stepping import put_grad
 from tests.helpers import assert_same_bits
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
@@ -87,6 +88,7 @@ def arguments(random: Random) -> dict[str, Any]:
 
 
 @entrance
+@junk.readable_only()
 def script_constructor(random: Random) -> Outcome:
     dtype = random.choice((torch.float32, torch.bfloat16))
     params: Any = [guarded(torch.randn(3, 4, dtype=dtype)), guarded(torch.randn(5, dtype=dtype))]
@@ -113,9 +115,16 @@ def script_constructor(random: Random) -> Outcome:
 def script_step(random: Random) -> Outcome:
     pair = Pair(random)
     grads: Any = [torch.randn_like(param) for param in pair.params]
+    count = random.choice((1, 1, 2))
+    with junk.readable_only(count > 1):
+        grads, scale, found = spoilt_step(pair, grads, count, random)
+    return pair.try_call(lambda: pair.made.step(grads, scale, found))
+
+
+def spoilt_step(pair: Pair, grads: Any, count: int, random: Random) -> tuple[Any, Any, Any]:
     scale: Any = None
     found: Any = None
-    for _ in range(random.choice((1, 1, 2))):
+    for _ in range(count):
         kind = random.randrange(6)
         if kind < 2 and type(grads) is list and grads:
             grads[random.randrange(len(grads))] = junk.spoil(grads[0], random)
@@ -124,16 +133,17 @@ def script_step(random: Random) -> Outcome:
         elif kind == 3:
             scale = random.choice((torch.tensor(2.0), junk.scalar_tensor(random), junk.value(random)))
         elif kind == 4:
-            found = random.choice((torch.tensor(1.0), torch.tensor(0.0), junk.scalar_tensor(random), junk.value(random)))
+            found = random.choice(
+                (torch.tensor(1.0), torch.tensor(0.0), junk.scalar_tensor(random), junk.value(random))
+            )
         else:
-            from tests.fuzzing.stepping import put_grad
-
             put_grad(pair.params[0], junk.spoil(torch.randn_like(pair.params[0]), random))
             grads = None
-    return pair.try_call(lambda: pair.made.step(grads, scale, found))
+    return grads, scale, found
 
 
 @entrance
+@junk.readable_only()
 def script_load_state_dict(random: Random) -> Outcome:
     pair = Pair(random)
     if random.random() < 0.5:
@@ -153,6 +163,7 @@ def script_load_state_dict(random: Random) -> Outcome:
 
 
 @entrance
+@junk.readable_only()
 def script_methods(random: Random) -> Outcome:
     pair = Pair(random)
     made = pair.made
@@ -167,7 +178,6 @@ def script_methods(random: Random) -> Outcome:
             ("decay", lambda: made.set_weight_decay(number, index)),
             ("get", lambda: (made.get_lr(index), made.get_weight_decay(index))),
             ("zero", lambda: made.zero_grad(junk.value(random))),
-            ("setstate", lambda: torch.classes.adamw_ext.AdamW.__new__(torch.classes.adamw_ext.AdamW)),
             ("getstate", lambda: made.__getstate__()),
         )
     )
