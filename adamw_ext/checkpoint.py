@@ -25,6 +25,8 @@ from adamw_ext.state import (
     is_master,
     is_moment,
     is_step,
+    may_read,
+    to_float,
     wanted_master,
     wanted_moment_dtype,
 )
@@ -295,6 +297,9 @@ def _widened(param: Tensor, group: dict[str, Any], items: dict[str, Any]) -> dic
     """One param's state, copied to the CPU and into the common form."""
     own, kept = part(param), wanted_master(param, group)
     widened = {}
+    for key, value in {"its own value": own if kept else None, **parts(items)}.items():
+        if isinstance(value, Tensor) and not may_read(value):
+            raise ValueError(f"{key!r} of a param of shape {tuple(param.shape)} has no memory: it was freed or resized")
     for key, value in parts(items).items():
         if key == "step":
             widened[key] = torch.tensor(float(value), dtype=torch.float32)
@@ -381,8 +386,8 @@ def _check_count(source: str, key: str, where: str, found: Sized, expected: Size
 
 
 def _is_number(value: Any) -> bool:
-    is_scalar = isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
-    return is_scalar and 0.0 <= float(value) < float("inf")
+    number = to_float(value)
+    return number is not None and 0.0 <= number < float("inf")
 
 
 def _error(source: str, key: str, where: str, expected: str, found: str) -> ValueError:

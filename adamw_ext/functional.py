@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
 from adamw_ext.sharded import is_sharded, part, placed_grad
-from adamw_ext.state import runs_in_kernel
+from adamw_ext.state import describe, is_step, may_read, runs_in_kernel, to_float
 
 
 def adamw(
@@ -46,13 +46,21 @@ def adamw(
     Raises:
         RuntimeError, ValueError: before anything has changed, naming the list and index.
     """
+    if not isinstance(params, (list, tuple)):
+        raise TypeError(f"params must be a list of tensors, but is {params!r}")
     elsewhere = [index for index, param in enumerate(params) if not _is_for_kernel(param, index)]
     if elsewhere and len(elsewhere) < len(params):
         raise RuntimeError(
             f"params must all be on the CPU, or all on another device: params[{elsewhere[0]}] is "
             f"{torch.typename(params[elsewhere[0]])} on {params[elsewhere[0]].device}"
         )
+    for name, value in (("lr", lr), ("beta1", beta1), ("beta2", beta2), ("weight_decay", weight_decay), ("eps", eps)):
+        is_elsewhere = isinstance(value, Tensor) and value.device.type != "cpu"  # read there, if at all
+        if not (is_elsewhere and value.numel() == 1) and to_float(value) is None:
+            raise TypeError(f"{name} must be a number, but is {describe(value)}")
     if differentiable or elsewhere:
+        lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
+        _check_for_torch(params, {**lists, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else lists)
         torch_adamw(
             params,
             grads,
@@ -103,6 +111,26 @@ def adamw(
     )
     if sharded:
         torch.autograd.graph.increment_version(sharded)
+
+
+def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
+    """Raise ValueError where torch's functional AdamW would fail after the first writes."""
+    for name, tensors in lists.items():
+        if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params):
+            raise ValueError(f"{name} must be a list of {len(params)} tensors, as params, but is {tensors!r}")
+        for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+            if not isinstance(tensor, Tensor) or not may_read(part(tensor)) or not may_read(part(param)):
+                raise ValueError(f"{name}[{index}] must be a tensor with memory, but is {describe_kind(tensor)}")
+            fits = (tensor.shape, tensor.dtype, tensor.device) == (param.shape, param.dtype, param.device)
+            if name == "state_steps":
+                fits = tensor.numel() == 1 and is_step(part(tensor), part(param))
+            if not fits or tensor.layout != torch.strided:
+                raise ValueError(f"{name}[{index}] does not fit {describe(param)}: it is {describe(tensor)}")
+
+
+def describe_kind(value: object) -> str:
+    """Without reading it."""
+    return f"one of shape {tuple(value.shape)} without" if isinstance(value, Tensor) else repr(value)
 
 
 def _is_for_kernel(param: Tensor, index: int) -> bool:

@@ -26,13 +26,15 @@ from adamw_ext.state import (
     StateLoad,
     carry_tensors,
     conform_state,
+    describe,
     drop_other_masters,
     misfits,
     new_state,
     runs_in_kernel,
     storage_addresses,
+    to_float,
 )
-from adamw_ext.torch_path import find_problem, step_group
+from adamw_ext.torch_path import find_group_problem, find_problem, find_state_problem, step_group
 from adamw_ext.turns import take_turns
 
 if TYPE_CHECKING:
@@ -322,8 +324,11 @@ class AdamW(torch.optim.AdamW):
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None" = None) -> None:
         """One step; ``given``: with the gradients, and where it has some the stand-ins for params, of a graph."""
+        if not isinstance(self.param_groups, list):
+            raise TypeError(f"param_groups must be a list, but is a {type(self.param_groups).__name__}")
+        if not isinstance(self.state, dict):
+            raise TypeError(f"state must be a dict, but is a {type(self.state).__name__}")
         with self._turn:
-            self._check_elsewhere(given)
             if self._stepper is None or not self._try_step(grad_scale, found_inf, given):
                 self._step_anew(grad_scale, found_inf, given)
             if self._elsewhere:
@@ -338,6 +343,10 @@ class AdamW(torch.optim.AdamW):
         if given and given.stand_ins:
             return False
         try:
+            self._check_elsewhere(given)
+        except (RuntimeError, ValueError, TypeError, KeyError):
+            return False  # as below: what is left to torch may have changed since the stepper was made
+        try:
             grads = given.grads if given else None
             return self._stepper.step(self.param_groups, self.state, grad_scale, found_inf, grads)
         except (RuntimeError, ValueError, TypeError, KeyError):
@@ -346,11 +355,12 @@ class AdamW(torch.optim.AdamW):
             return False  # a new stepper either takes the change (params moved to another dtype) or raises the same
 
     def _step_anew(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None") -> None:
-        """One step with a new stepper, which creates missing state. On an error, state created here is taken back."""
-        created: list[Tensor] = []
+        """One step with a new stepper, which creates missing state and brings other state into form. On an error, the
+        state is again what it was."""
+        before: list[tuple[Tensor, Any, dict[str, Any] | None]] = []  # (param, its state, a copy of that if it has any)
         stepper = None
         try:
-            stepper = self._make_stepper(created, given)
+            stepper = self._make_stepper(before, given)
             self._stepper = None if given and given.stand_ins else stepper
             grads = given.grads if given else None
             if not stepper.step(self.param_groups, self.state, grad_scale, found_inf, grads):
@@ -361,12 +371,20 @@ class AdamW(torch.optim.AdamW):
                         drop_other_masters(param, state, group)
         except BaseException:
             self._stepper = None
-            if stepper is None or not stepper.started:  # an interrupt may come after the update
-                for param in created:
+            # An interrupt may come after the update.
+            for param, state, items in before if stepper is None or not stepper.started else ():
+                if state is None:
                     self.state.pop(param, None)
+                else:
+                    state.clear()
+                    state.update(items)
+                    self.state[param] = state
             raise
 
-    def _make_stepper(self, created: list[Tensor], given: "Given | None" = None) -> _C.Stepper:
+    def _make_stepper(
+        self, before: list[tuple[Tensor, Any, dict[str, Any] | None]], given: "Given | None" = None
+    ) -> _C.Stepper:
+        """A stepper over the present params. ``before`` receives what state is replaced or changed, and of whom."""
         members: list[Member] = []
         sums = SumsOfSquares()
         clips = any(group.get("max_grad_norm") is not None for group in self.param_groups)
@@ -391,9 +409,11 @@ class AdamW(torch.optim.AdamW):
                 if capturing and param.is_cuda and has_grad:
                     check_ready_for_capture(target, state, group, name)
                 if state and not (capturing and not has_grad):
-                    conform_state(target, state, group)
+                    if misfits(target, state, group):
+                        before.append((param, state, dict(state)))
+                        conform_state(target, state, group)
                 elif not state and has_grad:
-                    created.append(param)
+                    before.append((param, state, state))
                     state = self.state[param] = new_state(target, group)
                 is_left_out = capturing and not has_grad  # its state may still have to be converted
                 first, places = elements_of(param, name) if group.get("stochastic_rounding") else (0, None)
@@ -417,9 +437,14 @@ class AdamW(torch.optim.AdamW):
             name = self._name_of(index, param)
             raise RuntimeError(f"max_grad_norm needs the hand-written kernel, but {name} is updated by torch")
         for index, params in self._elsewhere:
+            group = self.param_groups[index]
+            active = [param for param in params if param.grad is not None]
+            scales = any(getattr(self, key, None) is not None for key in ("grad_scale", "found_inf"))
+            if active and (problem := find_group_problem(group, active, scales=scales)):
+                raise RuntimeError(f"param group {index} cannot be updated by torch: {problem}")
             for param in params:
-                check_left_to_torch(self.param_groups[index], param, functools.partial(self._name_of, index, param))
-                problem = find_problem(param)
+                check_left_to_torch(group, param, functools.partial(self._name_of, index, param))
+                problem = find_problem(param) or find_state_problem(param, self.state.get(param), group)
                 if problem is None:
                     continue
                 raise RuntimeError(f"{self._name_of(index, param)} cannot be updated: {problem}")
@@ -451,11 +476,19 @@ class AdamW(torch.optim.AdamW):
                 if param in state:
                     name = param_name(group, index, position)
                     loads[param] = StateLoad(param, name, group, state[param], self.state.get(param, {}), live)
-        for current, loaded in zip(self.param_groups, groups, strict=True):
-            if "lr" in loaded:
-                loaded["lr"] = refill(current["lr"], loaded["lr"])
-            if "betas" in loaded and len(loaded["betas"]) == 2:  # a list, from torch.distributed.checkpoint
-                loaded["betas"] = tuple(map(refill, current["betas"], loaded["betas"]))
+        for index, (current, loaded) in enumerate(zip(self.param_groups, groups, strict=True)):
+            if "lr" in loaded and "lr" in current:
+                loaded["lr"] = Refill(current["lr"], loaded["lr"], f"loaded lr of param group {index}")
+            pair, present = loaded.get("betas"), current.get("betas")
+            # A list, from torch.distributed.checkpoint. What is no pair is left for the next step to refuse.
+            if all(isinstance(each, (tuple, list)) and len(each) == 2 for each in (pair, present)):
+                where = f"a loaded beta of param group {index}"
+                loaded["betas"] = tuple(Refill(old, new, where) for old, new in zip(present, pair, strict=True))
+        # From here on nothing raises.
+        for loaded in groups:
+            for key in ("lr", "betas"):
+                if key in loaded:
+                    loaded[key] = filled(loaded[key])
         for owner, items in state.items():
             if owner in loads:
                 state[owner] = loads[owner].apply()
@@ -468,11 +501,33 @@ class AdamW(torch.optim.AdamW):
         (check or self._cuda_graph_capture_health_check)()
 
 
-def refill(current: float | Tensor, loaded: float | Tensor) -> float | Tensor:
-    """The loaded number, as the present one is held: in the same tensor, or as a float."""
-    if isinstance(current, Tensor):
-        return current.fill_(float(loaded))
-    return float(loaded) if isinstance(loaded, Tensor) else loaded
+class Refill:
+    """A loaded number, to be held as the present one is: in the same tensor, or as a float.
+
+    Raises:
+        ValueError: it is not one number, or the present tensor cannot take one.
+    """
+
+    def __init__(self, current: Any, loaded: Any, what: str) -> None:
+        self._current = current
+        self._loaded = loaded
+        if isinstance(current, Tensor) or isinstance(loaded, Tensor):
+            number = to_float(loaded)
+            if number is None:
+                raise ValueError(f"{what} must be a number, but is {describe(loaded)}")
+            self._loaded = number
+        if isinstance(current, Tensor) and to_float(current) is None:
+            raise ValueError(f"{what} has no place: the present one is {describe(current)}, which holds no number")
+
+    def make(self) -> Any:
+        return self._current.fill_(self._loaded) if isinstance(self._current, Tensor) else self._loaded
+
+
+def filled(value: Any) -> Any:
+    """The same with what each Refill makes in its place."""
+    if isinstance(value, tuple):
+        return tuple(map(filled, value))
+    return value.make() if isinstance(value, Refill) else value
 
 
 def check_options(options: dict[str, Any], where: str) -> None:
@@ -495,7 +550,14 @@ def check_options(options: dict[str, Any], where: str) -> None:
 
 def is_norm(value: Any) -> bool:
     """Whether max_grad_norm may be this."""
-    return value is None or (isinstance(value, numbers.Real) and float(value) >= 0.0)
+    return value is None or (isinstance(value, numbers.Real) and not is_nan_or_negative(value))
+
+
+def is_nan_or_negative(value: numbers.Real) -> bool:
+    try:
+        return not float(value) >= 0.0
+    except OverflowError:  # an int beyond all floats
+        return True
 
 
 def check_left_to_torch(group: dict[str, Any], param: Tensor, name: Callable[[], str]) -> None:

@@ -6,7 +6,7 @@ amsgrad ``max_exp_avg_sq`` (as ``exp_avg``). These keys are torch.optim.AdamW's,
 or float16 param has with ``master_weights`` one more: ``master_param`` (float32) or ``param_remainder`` (int16).
 """
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, TypeGuard
 
 import torch
@@ -154,7 +154,12 @@ class Carried:
 
 
 def carry_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A load_state_dict pre-hook: the same dict with the params' tensors as :class:`Carried`."""
+    """A load_state_dict pre-hook: the same dict with the params' tensors as :class:`Carried`.
+
+    Raises:
+        ValueError: it has not the shape of a state dict, of which torch's method would make an error without words.
+    """
+    check_is_state_dict(state_dict)
     carried = {
         index: {key: Carried(value) if isinstance(value, Tensor) else value for key, value in items.items()}
         if isinstance(items, dict)
@@ -162,6 +167,22 @@ def carry_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
         for index, items in state_dict["state"].items()
     }
     return {**state_dict, "state": carried}
+
+
+def check_is_state_dict(state_dict: Any) -> None:
+    state = state_dict.get("state") if isinstance(state_dict, dict) else None
+    if not isinstance(state, dict):
+        found = describe(state_dict) if not isinstance(state_dict, dict) else f"one with {list(state_dict)}"
+        raise ValueError(f"a state dict must be a dict with a dict 'state', but is {found}")
+    groups = state_dict.get("param_groups")
+    if not isinstance(groups, (list, tuple)):
+        raise ValueError(f"'param_groups' of a state dict must be a list, but is {describe(groups)}")
+    for index, group in enumerate(groups):
+        params = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(params, (list, tuple)) or not all(isinstance(number, Hashable) for number in params):
+            raise ValueError(
+                f"group {index} of a state dict must be a dict with a list of numbers 'params', but is {describe(group)}"
+            )
 
 
 def _converted_master(param: Tensor, state: dict[str, Any], key: str) -> Tensor:
@@ -226,6 +247,7 @@ class StateLoad:
         if isinstance(self._loaded.get("param_remainder"), Tensor):
             self._loaded["param_remainder"] = narrowed(self._loaded["param_remainder"])
         param, existing = self._param, self._existing
+        self._existing = {k: v for k, v in existing.items() if not isinstance(v, Tensor) or may_write(v)}
         if self._loaded and not is_step(self._loaded.get("step"), param):
             found = describe(self._loaded.get("step", "missing"))
             raise ValueError(f"loaded state 'step' of {name} must be a whole number of updates, but is {found}")
@@ -236,6 +258,8 @@ class StateLoad:
                     f"but is {describe(self._loaded[key])}"
                 )
         self._master = wanted_master(param, group)
+        if self._master is not None and not may_read(param):
+            raise ValueError(f"{name} has no memory: its storage was freed or resized")
         if MASTERS.keys() <= self._loaded.keys():  # as torch.distributed adds a whole one to what is here already
             raise ValueError(
                 f"loaded state of {name} must have one master, but has both {' and '.join(map(repr, MASTERS))}: "
@@ -255,9 +279,8 @@ class StateLoad:
                     f"loaded state {key!r} of {name} must be a {MASTERS[key]} tensor of shape {tuple(param.shape)}, "
                     f"but is {describe(value)}"
                 )
-        for key in (*MOMENTS, *MASTERS):
-            value = self._loaded.get(key)
-            if isinstance(value, Tensor) and runs_in_kernel(param) and not _within_storage(value):
+        for key, value in self._loaded.items():
+            if isinstance(value, Tensor) and not may_read(part(value)):
                 raise ValueError(f"loaded state {key!r} of {name} has no memory: its storage was freed or resized")
         for key, value in self._loaded.items():
             shared = isinstance(value, Tensor) and _storage_address(value) in live
@@ -324,16 +347,29 @@ def _step_device(param: Tensor, group: dict[str, Any]) -> torch.device:
     return param.device if group["capturable"] or group["fused"] else torch.device("cpu")
 
 
+def to_float(value: Any) -> float | None:
+    """The number that a number or a 1-element tensor holds; None if it holds none that a float can be."""
+    if not isinstance(value, (int, float, Tensor)) or (
+        isinstance(value, Tensor) and (value.is_meta or not may_read(value))
+    ):
+        return None
+    try:
+        if isinstance(value, Tensor):
+            return float(value.detach()) if value.numel() == 1 else None
+        return float(value)
+    except (RuntimeError, TypeError, ValueError, OverflowError):
+        return None
+
+
 def _holds_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1 and not value.is_complex() and not value.is_meta
-    return isinstance(value, (int, float))
+    return to_float(value) is not None
 
 
 def is_step(value: Any, param: Tensor) -> bool:
     if isinstance(value, Tensor) and value.is_meta and param.is_meta:
         return True
-    return _holds_number(value) and float(value) >= 0.0 and float(value).is_integer()
+    number = to_float(value)
+    return number is not None and number >= 0.0 and number.is_integer()
 
 
 def is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
@@ -361,7 +397,7 @@ def describe(value: Any) -> str:
     if is_sharded(value):
         return describe_sharded(value)
     layout = "" if value.layout == torch.strided else f" and layout {value.layout}"
-    number = f" {value.item()}" if _holds_number(value) else ""
+    number = "" if (held := to_float(value)) is None else f" {held}"
     return f"a {value.dtype} tensor{number} of shape {tuple(value.shape)} on {value.device}{layout}"
 
 
@@ -386,6 +422,31 @@ def _into(existing: Any, value: Tensor) -> Tensor:
 def _laid_out_copy(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
     copy = torch.empty_like(param, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
     return copy.copy_(value)
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether torch's own operations may read a tensor: they die of one whose storage was freed or cut short."""
+    try:
+        return tensor.is_meta or tensor.layout != torch.strided or _within_storage(tensor)
+    except (RuntimeError, NotImplementedError):  # a subclass that wraps others has none of its own
+        return True
+
+
+def may_write(tensor: Tensor) -> bool:
+    """Whether values can be copied into a tensor that was made for state, whatever was done to it since."""
+    if not may_read(tensor) or (tensor.is_inference() and not torch.is_inference_mode_enabled()):
+        return False
+    return tensor.is_meta or tensor.layout != torch.strided or tensor.is_contiguous() or is_dense(tensor)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether no two elements lie in one place, as far as the order of strides tells."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return True
 
 
 def _within_storage(tensor: Tensor) -> bool:

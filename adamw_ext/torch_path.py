@@ -3,14 +3,16 @@
 These are the params of differentiable groups, and tensors on devices or of classes that this build has no kernel for.
 """
 
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import part
-from adamw_ext.state import new_state
+from adamw_ext.state import MOMENTS, describe, is_moment, is_step, may_read, new_state, to_float
 
 
 def find_problem(param: Tensor) -> str | None:
@@ -33,6 +35,53 @@ def find_problem(param: Tensor) -> str | None:
             f"its gradient must have shape {tuple(param.shape)} on {param.device}, "
             f"but has shape {tuple(grad.shape)} on {grad.device}"
         )
+    return None
+
+
+def find_group_problem(group: dict[str, Any], params: list[Tensor], *, scales: bool) -> str | None:
+    """Why torch's functional AdamW could not update these params of a group; None if it could. ``scales``: by a gradient
+    scaler's numbers."""
+    if scales and not group["fused"]:
+        return "grad_scale and found_inf go with fused=True only"
+    if group["differentiable"] and (group["fused"] or group["foreach"]):
+        return "differentiable=True goes with neither fused nor foreach"
+    if group["fused"] and group["foreach"]:
+        return "fused and foreach cannot be True together"
+    betas = group.get("betas")
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        return f"betas must be a pair, but is {describe(betas)}"
+    for key, value, end in (
+        *((key, group.get(key), float("inf")) for key in ("lr", "eps", "weight_decay")),
+        *(("betas", beta, 1.0) for beta in betas),
+    ):
+        if isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1:
+            continue  # to be read there, if at all: this step may be captured
+        number = to_float(value)
+        if number is None or not 0.0 <= number <= end or (key == "betas" and number == 1.0):
+            return f"{key} must be a number in [0, {end:g}), but is {describe(value)}"
+        if isinstance(value, Tensor) and group["foreach"] and not group["capturable"]:
+            return f"a tensor {key} goes with foreach=True only where capturable=True"
+    supported = _get_capturable_supported_devices()
+    for param in params if group["capturable"] else ():
+        if param.device.type not in supported and not torch.compiler.is_compiling():
+            return f"capturable=True is for params on {', '.join(supported)}, but there is one on {param.device}"
+    return None
+
+
+def find_state_problem(param: Tensor, state: Any, group: dict[str, Any]) -> str | None:
+    """Why torch's functional AdamW could not go on with this state; None if it could, or makes it anew."""
+    if part(param).grad is None and param.grad is None:
+        return None
+    if not isinstance(state, (dict, NoneType)):
+        return f"its state must be a dict, but is {describe(state)}"
+    if not state:
+        return None
+    if not isinstance(state.get("step"), Tensor) or not is_step(part(state["step"]), part(param)):
+        return f"its state 'step' must be a tensor that holds a number of updates, but is {describe(state.get('step'))}"
+    for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
+        moment = part(state.get(key))
+        if not is_moment(moment, part(param)) or moment.device != param.device or not may_read(moment):
+            return f"its state {key!r} must be a tensor as the param, but is {describe(state.get(key))}"
     return None
 
 

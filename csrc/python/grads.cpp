@@ -33,7 +33,7 @@ void Grads::clear() {
   objects_.clear();
 }
 
-Sharded::Sharded(const py::list& members) {
+Sharded::Sharded(const py::tuple& members) {
   for (const py::handle item : members) {
     const auto fields = item.cast<py::tuple>();
     const py::object param = fields[0];

@@ -32,7 +32,7 @@ class Grads {
 // The params of a stepper some of which are DTensors.
 class Sharded {
  public:
-  explicit Sharded(const pybind11::list& members);
+  explicit Sharded(const pybind11::tuple& members);
 
   bool any() const { return any_; }
 

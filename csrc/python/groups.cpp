@@ -39,11 +39,17 @@ py::type_error refusal(std::size_t index, const std::string& key, const char* ex
 GroupReader::GroupReader(py::handle group, std::size_t index)
     : group_(py::reinterpret_borrow<py::object>(group)), index_(index) {
   if (!PyDict_Check(group_.ptr())) throw py::type_error("param group " + std::to_string(index) + " is not a dict");
+  // Only str itself is sure to be compared without running code when a key is looked up.
+  PyObject *key, *value;
+  for (Py_ssize_t position = 0; PyDict_Next(group_.ptr(), &position, &key, &value);) {
+    ran_python_ |= !PyUnicode_CheckExact(key);
+  }
 }
 
 GroupOptions GroupReader::read() {
   const Keys& k = keys();
   const py::object betas = get(k.betas);
+  ran_python_ |= !PyTuple_CheckExact(betas.ptr()) && !PyList_CheckExact(betas.ptr());
   const auto pair = py::reinterpret_steal<py::object>(PySequence_Fast(betas.ptr(), ""));
   if (!pair || PySequence_Fast_GET_SIZE(pair.ptr()) != 2) throw refusal(index_, "betas", "a pair", betas);
   const auto beta = [&](Py_ssize_t i) {
@@ -103,9 +109,9 @@ std::uint64_t GroupReader::to_seed(const py::object& value) const {
 Master GroupReader::to_master(const py::object& value) const {
   if (value.is_none()) return Master::none;
   if (PyUnicode_Check(value.ptr())) {
-    const auto name = value.cast<std::string>();
-    if (name == "fp32") return Master::float32;
-    if (name == "split") return Master::remainder;
+    const auto is = [&](const char* name) { return PyUnicode_CompareWithASCIIString(value.ptr(), name) == 0; };
+    if (is("fp32")) return Master::float32;
+    if (is("split")) return Master::remainder;
   }
   throw refusal(index_, "master_weights", "None, 'fp32' or 'split'", value);
 }

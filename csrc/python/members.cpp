@@ -55,11 +55,24 @@ Member to_member(const py::tuple& fields, const std::vector<Flags>& flags) {
 
 }  // namespace
 
-std::vector<Member> to_members(const py::list& list, const std::vector<Flags>& flags) {
+py::tuple checked_members(const py::list& list) {
+  const auto members = py::reinterpret_steal<py::tuple>(PyList_AsTuple(list.ptr()));
+  if (!members) throw py::error_already_set();
+  for (const py::handle item : members) {
+    bool usable = PyTuple_Check(item.ptr()) && PyTuple_GET_SIZE(item.ptr()) == 8;
+    for (const Py_ssize_t number : {2, 4, 5, 7}) {
+      usable = usable && PyLong_Check(PyTuple_GET_ITEM(item.ptr(), number));
+    }
+    if (!usable) throw py::type_error("members must be tuples as of Member in adamw_ext/sharded.py");
+  }
+  return members;
+}
+
+std::vector<Member> to_members(const py::tuple& tuples, const std::vector<Flags>& flags) {
   find_dtensor_class();
   std::vector<Member> members;
-  members.reserve(list.size());
-  for (const py::handle item : list) members.push_back(to_member(item.cast<py::tuple>(), flags));
+  members.reserve(tuples.size());
+  for (const py::handle item : tuples) members.push_back(to_member(item.cast<py::tuple>(), flags));
   return members;
 }
 

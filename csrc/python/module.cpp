@@ -23,7 +23,7 @@ namespace {
 // A stepper over the params and state of one Python optimizer, which lets one thread at a time in.
 class PythonStepper {
  public:
-  PythonStepper(const py::list& param_groups, const py::dict& state, const py::list& members,
+  PythonStepper(const py::list& param_groups, const py::dict& state, const py::tuple& members,
                 std::shared_ptr<HyperMirror> mirror, std::shared_ptr<DeviceNumbers> skips,
                 std::shared_ptr<DeviceNumbers> norms, py::object place_grad, py::object complete_sum)
       : flags_(read_flags(param_groups)),
@@ -46,6 +46,8 @@ class PythonStepper {
   // None per member; None: each param's own .grad.
   bool step(const py::list& param_groups, const py::dict& state, py::handle grad_scale, py::handle found_inf,
             const std::optional<py::list>& grads) {
+    if (stepping_) throw std::runtime_error("step() was called while a step of the same stepper is being made");
+    const Stepping until_the_end(stepping_);
     started_ = false;
     if (!watch_.matches(param_groups.ptr(), state.ptr())) return false;
     bool ran_python = false;
@@ -89,6 +91,13 @@ class PythonStepper {
   bool started() const { return started_; }
 
  private:
+  // Set during a step: code that a step runs, and threads that run during a long one, may try to step as well.
+  struct Stepping {
+    bool& flag;
+    explicit Stepping(bool& value) : flag(value) { flag = true; }
+    ~Stepping() { flag = false; }
+  };
+
   // Gradients are held no longer than a step, also where that raises.
   struct Releasing {
     Grads& grads;
@@ -125,7 +134,17 @@ class PythonStepper {
   std::vector<std::size_t> used_groups_;
   std::size_t member_count_;
   bool started_ = false;
+  bool stepping_ = false;
 };
+
+std::unique_ptr<PythonStepper> make_stepper(const py::list& param_groups, const py::dict& state,
+                                            const py::list& members, std::shared_ptr<HyperMirror> mirror,
+                                            std::shared_ptr<DeviceNumbers> skips, std::shared_ptr<DeviceNumbers> norms,
+                                            py::object place_grad, py::object complete_sum) {
+  return std::make_unique<PythonStepper>(param_groups, state, checked_members(members), std::move(mirror),
+                                         std::move(skips), std::move(norms), std::move(place_grad),
+                                         std::move(complete_sum));
+}
 
 void sync_mirror(HyperMirror& mirror, const py::list& param_groups) {
   mirror.sync([&](std::int32_t group) {
@@ -193,10 +212,8 @@ std::vector<std::tuple<std::string, std::string, std::string, std::string>> comb
 
 PYBIND11_MODULE(_C, module) {
   py::class_<PythonStepper>(module, "Stepper")
-      .def(py::init<const py::list&, const py::dict&, const py::list&, std::shared_ptr<HyperMirror>,
-                    std::shared_ptr<DeviceNumbers>, std::shared_ptr<DeviceNumbers>, py::object, py::object>(),
-           py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"), py::arg("skips"),
-           py::arg("norms"), py::arg("place_grad"), py::arg("complete_sum"))
+      .def(py::init(&make_stepper), py::arg("param_groups"), py::arg("state"), py::arg("members"), py::arg("mirror"),
+           py::arg("skips"), py::arg("norms"), py::arg("place_grad"), py::arg("complete_sum"))
       .def("step", &PythonStepper::step, py::arg("param_groups"), py::arg("state"), py::arg("grad_scale"),
            py::arg("found_inf"), py::arg("grads") = py::none())
       .def_property_readonly("isa", [](PythonStepper& self) { return cpu::isa_name(self.tuning().isa); })

@@ -65,6 +65,8 @@ void check_within_storage(const c10::TensorImpl& tensor, const std::string& name
   const std::size_t held = tensor.unsafe_storage().nbytes();
   TORCH_CHECK(held >= needed, name, " needs ", needed, " bytes of storage, but its storage holds ", held,
               " bytes: it was freed or resized");
+  const bool has_data = tensor.unsafe_storage().data() != nullptr || tensor.key_set().has(c10::DispatchKey::ZeroTensor);
+  TORCH_CHECK(has_data, name, " has no memory: its data was that of a tensor without");
 }
 
 void check_has_memory(const at::Tensor& made, const std::string& what) {

@@ -79,9 +79,10 @@ inline const void* const_data(const c10::TensorImpl& tensor) {
 
 // Whether the storage holds `numel` elements from the tensor's first on: all of a dense tensor.
 inline bool run_within_storage(const c10::TensorImpl& tensor) {
-  return tensor.numel() == 0 ||
-         static_cast<std::size_t>(tensor.storage_offset() + tensor.numel()) * tensor.itemsize() <=
-             tensor.unsafe_storage().unsafeGetStorageImpl()->nbytes();
+  if (tensor.numel() == 0) return true;
+  const auto* storage = tensor.unsafe_storage().unsafeGetStorageImpl();
+  return storage->data() != nullptr &&
+         static_cast<std::size_t>(tensor.storage_offset() + tensor.numel()) * tensor.itemsize() <= storage->nbytes();
 }
 
 // Throws unless the tensor's storage holds all of its elements, whatever its strides. `name` opens the message.

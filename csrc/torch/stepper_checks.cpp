@@ -61,7 +61,7 @@ void Stepper::check(std::size_t index) {
               slot.rounding == Rounding::stochastic ? ", rounded stochastically" : "");
 
   slot.for_each([](Checked& checked) { checked.look(); });
-  slot.grad_dtype = {};
+  slot.grad_dtype = caffe2::TypeMeta();
   slot.numel = param.numel() * (c10::isComplexType(param.dtype().toScalarType()) ? 2 : 1);
   slot.steps_done = static_cast<float*>(mutable_data(step));
   TensorEntry& entry = slot.entry();
