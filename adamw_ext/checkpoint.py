@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adamw_ext import _C
-from adamw_ext.optimizer import STORAGE_OPTIONS, check_options, param_name
+from adamw_ext.options import STORAGE_OPTIONS, check_options, param_name
 from adamw_ext.sharded import like, narrowed, part, part_of_loaded, parts
 from adamw_ext.state import (
     MASTERS,

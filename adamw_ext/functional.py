@@ -55,12 +55,13 @@ def adamw(
             f"{torch.typename(params[elsewhere[0]])} on {params[elsewhere[0]].device}"
         )
     for name, value in (("lr", lr), ("beta1", beta1), ("beta2", beta2), ("weight_decay", weight_decay), ("eps", eps)):
-        is_elsewhere = isinstance(value, Tensor) and value.device.type != "cpu"  # read there, if at all
-        if not (is_elsewhere and value.numel() == 1) and to_float(value) is None:
+        if isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1:
+            continue  # read there, if at all
+        if to_float(value) is None:
             raise TypeError(f"{name} must be a number, but is {describe(value)}")
     if differentiable or elsewhere:
-        lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
-        _check_for_torch(params, {**lists, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else lists)
+        named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
+        _check_for_torch(params, {**named, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else named)
         torch_adamw(
             params,
             grads,

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import numbers
 from collections.abc import Callable, Iterable
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,18 @@ from torch import Tensor
 
 from adamw_ext import _C
 from adamw_ext.numbered import take_number
+from adamw_ext.options import (
+    DEFAULTS,
+    STORAGE_OPTIONS,
+    Refill,
+    check_flags,
+    check_left_to_torch,
+    check_options,
+    check_ready_for_capture,
+    filled,
+    is_pair,
+    param_name,
+)
 from adamw_ext.sharded import (
     Member,
     SumsOfSquares,
@@ -26,13 +37,11 @@ from adamw_ext.state import (
     StateLoad,
     carry_tensors,
     conform_state,
-    describe,
     drop_other_masters,
     misfits,
     new_state,
     runs_in_kernel,
     storage_addresses,
-    to_float,
 )
 from adamw_ext.torch_path import find_group_problem, find_problem, find_state_problem, step_group
 from adamw_ext.turns import take_turns
@@ -42,16 +51,6 @@ if TYPE_CHECKING:
 
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
 _IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
-STORAGE_OPTIONS = ("master_weights", "moment_dtype", "stochastic_rounding")
-
-# What torch.optim.AdamW does not have: options and their defaults. A group has those keys that were given.
-_DEFAULTS = {
-    "master_weights": None,
-    "moment_dtype": None,
-    "stochastic_rounding": False,
-    "seed": 0,
-    "max_grad_norm": None,
-}
 
 
 class AdamW(torch.optim.AdamW):
@@ -112,7 +111,7 @@ class AdamW(torch.optim.AdamW):
     """
 
     _stepper: _C.Stepper | None = None
-    _options: dict[str, Any] = {}  # noqa: RUF012  (those of _DEFAULTS that were given)
+    _options: dict[str, Any] = {}  # noqa: RUF012  (those of DEFAULTS that were given)
     _elsewhere: list[tuple[int, list[Tensor]]] = []  # noqa: RUF012  (group index, params) that torch updates
     _traced_params: list[Tensor] | None = None  # all params, when a step was last traced for torch.compile
     _trace: str = ""  # what graphs know that list by
@@ -138,8 +137,8 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: float | None = None,
     ) -> None:
         given = (master_weights, moment_dtype, stochastic_rounding, seed, max_grad_norm)
-        options = dict(zip(_DEFAULTS, given, strict=True))
-        self._options = {key: value for key, value in options.items() if value != _DEFAULTS[key]}
+        options = dict(zip(DEFAULTS, given, strict=True))
+        self._options = {key: value for key, value in options.items() if value != DEFAULTS[key]}
         check_options(options, "")
         self._make_tools()
         super().__init__(
@@ -318,7 +317,7 @@ class AdamW(torch.optim.AdamW):
         self._stepper = None
         if "_turn" not in self.__dict__:
             self._make_tools()
-        self._options = {key: self.defaults[key] for key in _DEFAULTS if key in self.defaults}
+        self._options = {key: self.defaults[key] for key in DEFAULTS if key in self.defaults}
         if any(group.get("fused") for group in self.param_groups):
             self._step_supports_amp_scaling = True
 
@@ -462,12 +461,12 @@ class AdamW(torch.optim.AdamW):
             for flag in _IMPLEMENTATION_FLAGS:
                 loaded[flag] = current[flag]
             if loaded.get("stochastic_rounding"):
-                loaded.setdefault("seed", _DEFAULTS["seed"])
+                loaded.setdefault("seed", DEFAULTS["seed"])
             where = f" in a loaded param group with {len(loaded['params'])} params"
             check_options({key: loaded[key] for key in ("seed", "max_grad_norm") if key in loaded}, where)
             for option in STORAGE_OPTIONS:
                 loaded.pop(option, None)
-            loaded.update({key: current[key] for key in _DEFAULTS if key in current and key not in loaded})
+            loaded.update({key: current[key] for key in DEFAULTS if key in current and key not in loaded})
         state: dict[Any, Any] = incoming["state"]
         live = storage_addresses(self.state.values())
         loads = {}
@@ -481,7 +480,7 @@ class AdamW(torch.optim.AdamW):
                 loaded["lr"] = Refill(current["lr"], loaded["lr"], f"loaded lr of param group {index}")
             pair, present = loaded.get("betas"), current.get("betas")
             # A list, from torch.distributed.checkpoint. What is no pair is left for the next step to refuse.
-            if all(isinstance(each, (tuple, list)) and len(each) == 2 for each in (pair, present)):
+            if is_pair(pair) and is_pair(present):
                 where = f"a loaded beta of param group {index}"
                 loaded["betas"] = tuple(Refill(old, new, where) for old, new in zip(present, pair, strict=True))
         # From here on nothing raises.
@@ -499,100 +498,3 @@ class AdamW(torch.optim.AdamW):
         """torch's: refuses to capture a step that is not capturable."""
         check = getattr(self, "_accelerator_graph_capture_health_check", None)
         (check or self._cuda_graph_capture_health_check)()
-
-
-class Refill:
-    """A loaded number, to be held as the present one is: in the same tensor, or as a float.
-
-    Raises:
-        ValueError: it is not one number, or the present tensor cannot take one.
-    """
-
-    def __init__(self, current: Any, loaded: Any, what: str) -> None:
-        self._current = current
-        self._loaded = loaded
-        if isinstance(current, Tensor) or isinstance(loaded, Tensor):
-            number = to_float(loaded)
-            if number is None:
-                raise ValueError(f"{what} must be a number, but is {describe(loaded)}")
-            self._loaded = number
-        if isinstance(current, Tensor) and to_float(current) is None:
-            raise ValueError(f"{what} has no place: the present one is {describe(current)}, which holds no number")
-
-    def make(self) -> Any:
-        return self._current.fill_(self._loaded) if isinstance(self._current, Tensor) else self._loaded
-
-
-def filled(value: Any) -> Any:
-    """The same with what each Refill makes in its place."""
-    if isinstance(value, tuple):
-        return tuple(map(filled, value))
-    return value.make() if isinstance(value, Refill) else value
-
-
-def check_options(options: dict[str, Any], where: str) -> None:
-    """Raise ValueError unless the options beyond torch's are usable; those not given are."""
-    options = {**_DEFAULTS, **options}
-    expected = {
-        "master_weights": (options["master_weights"] in (None, "fp32", "split"), "'fp32', 'split' or None"),
-        "moment_dtype": (
-            options["moment_dtype"] in (None, torch.float32, torch.bfloat16),
-            "torch.float32, torch.bfloat16 or None",
-        ),
-        "stochastic_rounding": (isinstance(options["stochastic_rounding"], bool), "a bool"),
-        "seed": (type(options["seed"]) is int and 0 <= options["seed"] < 2**64, "an int in [0, 2**64)"),
-        "max_grad_norm": (is_norm(options["max_grad_norm"]), "a number that is not negative, or None"),
-    }
-    for key, (is_usable, wanted) in expected.items():
-        if not is_usable:
-            raise ValueError(f"{key} must be {wanted}, but is {options[key]!r}{where}")
-
-
-def is_norm(value: Any) -> bool:
-    """Whether max_grad_norm may be this."""
-    return value is None or (isinstance(value, numbers.Real) and not is_nan_or_negative(value))
-
-
-def is_nan_or_negative(value: numbers.Real) -> bool:
-    try:
-        return not float(value) >= 0.0
-    except OverflowError:  # an int beyond all floats
-        return True
-
-
-def check_left_to_torch(group: dict[str, Any], param: Tensor, name: Callable[[], str]) -> None:
-    """Raise RuntimeError if a param that torch updates is in a group with options that torch does not have."""
-    for key in STORAGE_OPTIONS:
-        value = group.get(key, _DEFAULTS[key])
-        if value != _DEFAULTS[key] and value != param.dtype:
-            raise RuntimeError(f"{key}={value!r} needs the hand-written kernel, but {name()} is updated by torch")
-
-
-def check_flags(group: dict[str, Any], index: int) -> None:
-    """Raise TypeError unless the group's flags have a truth value."""
-    for key in ("amsgrad", "maximize", "capturable", "differentiable", "fused"):
-        if key not in group:
-            raise KeyError(f"param group {index} has no {key!r}")
-        try:
-            bool(group[key])
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise TypeError(f"param group {index}: {key} must be a bool, but is {group[key]!r}") from error
-
-
-def check_ready_for_capture(param: Tensor, state: dict[str, Any] | None, group: dict[str, Any], name: str) -> None:
-    """Raise RuntimeError if a captured step would create or convert state, which replays would then do again."""
-    if not group["capturable"]:
-        return  # refused as a whole, and with torch's words, by the stepper
-    if not state:
-        raise RuntimeError(f"{name} has no state yet: call init_state() before the step is captured")
-    if keys := misfits(param, state, group):
-        raise RuntimeError(
-            f"state {keys[0]!r} of {name} must be converted: call init_state() before the step is captured"
-        )
-
-
-def param_name(group: dict[str, Any], index: int, position: int) -> str:
-    """How messages call a param: by its name where the user gave names, else by its place."""
-    names = group.get("param_names")
-    where = f"group {index}, index {position}"
-    return f"param {names[position]!r} ({where})" if names and position < len(names) else f"param ({where})"

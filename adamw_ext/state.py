@@ -181,7 +181,7 @@ def check_is_state_dict(state_dict: Any) -> None:
         params = group.get("params") if isinstance(group, dict) else None
         if not isinstance(params, (list, tuple)) or not all(isinstance(number, Hashable) for number in params):
             raise ValueError(
-                f"group {index} of a state dict must be a dict with a list of numbers 'params', but is {describe(group)}"
+                f"group {index} of a state dict must be a dict with a list of numbers 'params', not {describe(group)}"
             )
 
 

@@ -39,8 +39,8 @@ def find_problem(param: Tensor) -> str | None:
 
 
 def find_group_problem(group: dict[str, Any], params: list[Tensor], *, scales: bool) -> str | None:
-    """Why torch's functional AdamW could not update these params of a group; None if it could. ``scales``: by a gradient
-    scaler's numbers."""
+    """Why torch's functional AdamW could not update these params of a group; None if it could. ``scales``: with numbers
+    of a gradient scaler."""
     if scales and not group["fused"]:
         return "grad_scale and found_inf go with fused=True only"
     if group["differentiable"] and (group["fused"] or group["foreach"]):

@@ -47,9 +47,9 @@ def report(tally: Tally, result: dict[str, object]) -> str:
         "# Bad input at random",
         "",
         f"{result['date']}, {result['processor']}, torch {build['torch']}; one process at a time, "  # type: ignore[index]
-        f"{result['seconds']:.0f} s, seeds from {result['first_seed']}. By `python -m tests.fuzzing`: a case is refused",
-        "with nothing changed and the next good step right to the bit, or accepted, or broken: a crash, a change by a",
-        "refusal, other bits, an internal error.",
+        f"{result['seconds']:.0f} s, seeds from {result['first_seed']}. By `python -m tests.fuzzing`. A case is",
+        "refused, with nothing changed and the next good step right to the bit; or accepted; or broken: a crash, a",
+        "change by a refusal, other bits, an internal error.",
         "",
         "| entrance | cases | refused | accepted | broken |",
         "| --- | --- | --- | --- | --- |",

@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -42,7 +43,7 @@ def run_case(name: str, seed: int) -> Outcome:
 
 # AttributeError: torch's own methods call methods of what should be a dict.
 ORDINARY = (ValueError, TypeError, RuntimeError, KeyError, IndexError, AttributeError, Planted)
-# What pybind11, the standard library of C++ and assertions say. torch's own bindings say "incompatible" of TorchScript's.
+# What pybind11, the standard library of C++ and assertions say.
 RAW = (
     "INTERNAL ASSERT",
     "incompatible function arguments",
@@ -55,7 +56,11 @@ RAW = (
     "vector::",
 )
 # Of torch's bindings for operators and classes; and of its dispatcher, where a gradient was robbed of its class.
-TORCHS = ("Expected a value of type", "dispatch_on_subclass called with NO overloaded args")
+TORCHS = (
+    "Expected a value of type",
+    "<torch.ScriptMethod object",
+    "dispatch_on_subclass called with NO overloaded args",
+)
 
 
 def check_error(error: Exception, *, raw: bool = False) -> None:
@@ -137,7 +142,7 @@ class Subject:
     def build(self, params: list[torch.nn.Parameter]) -> AdamW:
         items: list[Any] = [(f"p{i}", param) for i, param in enumerate(params)] if self.named else list(params)
         bounds = [0, *self.cuts, len(items)]
-        groups = [{"params": items[a:b]} for a, b in zip(bounds, bounds[1:], strict=False)]
+        groups = [{"params": items[a:b]} for a, b in pairwise(bounds)]
         copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self.options.items()}
         return AdamW(groups, **copies)
 

@@ -1,8 +1,10 @@
 """State dicts, pickles and copies that are not what they should be."""
 
+import contextlib
 import copy
 import io
 import pickle
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -75,10 +77,8 @@ def load_state_dict(random: Random) -> Outcome:
     for _ in range(random.choice((0, 1, 1, 1, 2, 5))):
         mutate(loaded, random)
     if random.random() < 0.08 and loaded.keys() >= {"state", "param_groups"}:
-        try:
+        with contextlib.suppress(TypeError, KeyError, AttributeError):
             renumber(loaded, random)
-        except (TypeError, KeyError, AttributeError):
-            pass
     given = wrapped(loaded, random)
     if random.random() < 0.15:
         spoil_own(subject, random)
@@ -158,7 +158,7 @@ def setstate_of_older_versions(random: Random) -> Outcome:
         if "step" in items:
             items["step"] = steps_as(items["step"])
     if random.random() < 0.3:
-        attributes.update(dict.fromkeys(("_optimizer_step_pre_hooks", "_zero_grad_profile_name"), {}))
+        attributes.update({key: {} for key in ("_optimizer_step_pre_hooks", "_zero_grad_profile_name")})
     made = restored(attributes)
     for _ in range(2):
         subject.give_grads()
@@ -236,12 +236,10 @@ def copies(random: Random) -> Outcome:
     made: list[Any] = []
     with others_stay(list(subject.params)):
         error = copy_error(lambda: made.append(way()))
-        if error is None and isinstance(made[0], AdamW) and way is not None:
-            independent = all(
-                a is not b for a, b in zip(tensors_of(made[0].param_groups), subject.params, strict=False)
-            )
-            if independent:
-                for param in tensors_of(made[0].param_groups):
+        if error is None and isinstance(made[0], AdamW):
+            theirs = tensors_of(made[0].param_groups)
+            if {id(param) for param in theirs}.isdisjoint(map(id, subject.params)):  # no shallow copy
+                for param in theirs:
                     if is_readable(param) and param.is_leaf and param.requires_grad:
                         param.grad = torch.ones_like(param)
                 error = attempt(made[0].step)
@@ -270,4 +268,4 @@ def copy_error(call: Any) -> Exception | None:
 
 def bounds(subject: Subject) -> list[tuple[int, int]]:
     ends = [0, *subject.cuts, len(subject.params)]
-    return list(zip(ends, ends[1:], strict=False))
+    return list(pairwise(ends))

@@ -78,7 +78,7 @@ def tensors_of(value: Any, depth: int = 0) -> list[Tensor]:
 
 
 def label(value: Any) -> Any:
-    """What is compared of a value that is no tensor. Values that may run code when compared are compared by identity."""
+    """What is compared of a value that is no tensor. Where comparing may run code: identity."""
     if type(value) in (int, float, bool, str, type(None), Int, Float, Text, torch.dtype):
         return repr(value)
     if type(value) in (list, tuple):
