@@ -324,11 +324,11 @@ class AdamW(torch.optim.AdamW):
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None" = None) -> None:
         """One step; ``given``: with the gradients, and where it has some the stand-ins for params, of a graph."""
-        if not isinstance(self.param_groups, list):
-            raise TypeError(f"param_groups must be a list, but is a {type(self.param_groups).__name__}")
-        if not isinstance(self.state, dict):
-            raise TypeError(f"state must be a dict, but is a {type(self.state).__name__}")
-        with self._turn:
+        with self._turn:  # first: dynamo does not trace what takes a lock, and so none of this
+            if not isinstance(self.param_groups, list):
+                raise TypeError(f"param_groups must be a list, but is a {type(self.param_groups).__name__}")
+            if not isinstance(self.state, dict):
+                raise TypeError(f"state must be a dict, but is a {type(self.state).__name__}")
             if self._stepper is None or not self._try_step(grad_scale, found_inf, given):
                 self._step_anew(grad_scale, found_inf, given)
             if self._elsewhere:
