@@ -26,7 +26,7 @@ demo-cluster: $(VENV)/installed
 	$(BIN)/python -m examples.cluster --out out/demo-cluster
 
 # In as many processes as there are cores, up to four.
-PYTEST := -m pytest -n auto --maxprocesses 4 -m "not slow" tests
+PYTEST := -m pytest -n auto --maxprocesses 4 --durations 25 -m "not slow" tests
 
 test: $(VENV)/installed
 	$(BIN)/python $(PYTEST)
