@@ -1,0 +1,393 @@
+"""Numbers at the edge: subnormal ones, NaN and infinity, hyperparameters of 0. On every path, in every mode."""
+
+import itertools
+import math
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from adamw_ext import AdamW
+from benchmarks.limits_sizes import check
+from tests.helpers import ISA_LEVELS, assert_same_bits, compute_dtype, running_on
+from tests.reference import Textbook, as_float64
+from tests.test_bits import Path, stepping_on
+
+BFLOAT16 = torch.bfloat16
+MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float64": (torch.float64, {}),
+    "float32": (torch.float32, {}),
+    "float16": (torch.float16, {}),
+    "bfloat16": (BFLOAT16, {}),
+    "float32 moments": (BFLOAT16, {"moment_dtype": torch.float32}),
+    "fp32 masters": (BFLOAT16, {"master_weights": "fp32"}),
+    "split masters": (BFLOAT16, {"master_weights": "split"}),
+    "stochastic": (BFLOAT16, {"moment_dtype": BFLOAT16, "stochastic_rounding": True}),
+}
+TORCHS = ("float64", "float32", "float16", "bfloat16")  # modes that torch has
+PATHS = [
+    *(Path(isa, threads) for isa in ISA_LEVELS for threads in (1, 2)),
+    Path(ISA_LEVELS[-1], 2, capturable=True),
+    Path(capturable=True, emulated_arguments=32764),
+]
+SHARED = 140_001  # elements: more than a step that stays on the calling thread has
+BETAS = (0.75, 0.9375)  # whose first powers are exact
+Numbers = dict[str, Tensor]  # of the param, its gradient and its moments, in float64
+
+
+class Job:
+    """One param with its state, set to given numbers, and its optimizer."""
+
+    def __init__(self, mode: str, numbers: Numbers, capturable: bool = False, **hyper: Any) -> None:
+        dtype, options = MODES[mode]
+        self.param = numbers["param"].to(dtype, copy=True).requires_grad_()
+        self.param.grad = numbers["grad"].to(dtype, copy=True)
+        self.optimizer = AdamW([self.param], capturable=capturable, **hyper, **options)
+        self.optimizer.init_state()
+        self.state = self.optimizer.state[self.param]
+        for role in numbers.keys() & self.state.keys():
+            self.state[role].copy_(numbers[role])
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"param": self.param.detach(), "grad": self.param.grad, **self.state}
+
+    def results(self) -> list[Tensor]:
+        return [tensor.clone() for tensor in self.tensors().values()]
+
+    def step(self, path: Path, steps: int = 1) -> "Job":
+        with stepping_on(self.optimizer, path):
+            for _ in range(steps):
+                self.optimizer.step()
+        return self
+
+
+# --- Subnormal numbers -----------------------------------------------------------------------------------------------
+
+SUBNORMAL_HYPERS: dict[str, dict[str, Any]] = {
+    "eps 1": {"lr": 0.5, "betas": BETAS, "eps": 1.0, "weight_decay": 0.25},
+    "eps 0, amsgrad": {"lr": 1e-3, "betas": BETAS, "eps": 0.0, "amsgrad": True},
+    "clipped, scaled": {"lr": 0.5, "betas": BETAS, "eps": 1.0, "max_grad_norm": 1e30},
+}
+
+
+def small_numbers(dtype: torch.dtype, count: int = SHARED) -> Numbers:
+    """From the smallest subnormal number of a dtype to 1."""
+    info = torch.finfo(dtype)
+    lowest = math.log2(info.smallest_normal * info.eps)
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(signed: bool) -> Tensor:
+        exponents, signs = (torch.rand(count, generator=generator, dtype=torch.float64) for _ in range(2))
+        sizes = torch.exp2(lowest * exponents)
+        return torch.where(signs < 0.5, -sizes, sizes) if signed else sizes
+
+    roles = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    return {role: numbers(signed=not role.endswith("_sq")) for role in roles}
+
+
+@contextmanager
+def flushing(flush: bool) -> Iterator[None]:
+    """Subnormal numbers are zeros in this thread, or are not."""
+    check(torch.set_flush_denormal(flush) or not flush, "this processor cannot flush subnormal numbers to zero")
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def subnormal_steps(mode: str, name: str, path: Path, flush: bool, steps: int = 3) -> list[Tensor]:
+    """Params, gradients, state, and the norm of the gradients."""
+    hyper = SUBNORMAL_HYPERS[name]
+    job = Job(mode, small_numbers(MODES[mode][0]), path.capturable, **hyper)
+    if "max_grad_norm" in hyper:
+        job.optimizer.grad_scale = torch.tensor(2.0)
+    with flushing(flush):
+        job.step(path, steps)
+    return [*job.results(), *([job.optimizer.grad_norm] if "max_grad_norm" in hyper else [])]
+
+
+def share_subnormal(tensors: Sequence[Tensor]) -> float:
+    """Of the numbers that the arithmetic takes for subnormal. Those of float16 are not, in float32."""
+    numbers = torch.cat([as_float64(tensor).flatten() for tensor in tensors if tensor.is_floating_point()])
+    least = torch.finfo(compute_dtype(tensors[0].dtype)).smallest_normal
+    return float(((numbers != 0) & (numbers.abs() < least)).double().mean())
+
+
+def check_subnormal(mode: str, name: str, paths: Sequence[Path] = PATHS) -> None:
+    """The bits of the first path on all of them; without flushing those of the arithmetic, one operation at a time."""
+    kept, flushed = (subnormal_steps(mode, name, paths[0], flush) for flush in (False, True))
+    if mode in TORCHS and "max_grad_norm" not in SUBNORMAL_HYPERS[name]:
+        assert_same_bits(kept, by_single_operations(mode, name), f"{mode}, {name}, not flushed")
+    if mode != "float16":
+        check(share_subnormal(kept) > 0.01, f"{mode}, {name}: no number is subnormal")
+        check(share_subnormal(flushed) == 0.0, f"{mode}, {name}: a number is subnormal where they are flushed")
+    for path, (flush, expected) in itertools.product(paths[1:], ((False, kept), (True, flushed))):
+        assert_same_bits(subnormal_steps(mode, name, path, flush), expected, (mode, name, path, f"flushing: {flush}"))
+
+
+def by_single_operations(mode: str, name: str, steps: int = 3) -> list[Tensor]:
+    """The update in operations on whole tensors, each of which rounds once. torch's own square root of float64 numbers
+    is off by a bit at times."""
+    hyper = {"weight_decay": 1e-2, "amsgrad": False, **SUBNORMAL_HYPERS[name]}
+    dtype = MODES[mode][0]
+    computed = compute_dtype(dtype)
+    stored = {role: numbers.to(dtype) for role, numbers in small_numbers(dtype).items()}
+
+    def scalar(value: float) -> Tensor:
+        return torch.tensor(value, dtype=computed)
+
+    with running_on(threads=1):
+        for step in range(1, steps + 1):
+            p, g, m, v, largest = (stored[role].to(computed) for role in stored)
+            correction1, correction2 = (1 - beta**step for beta in BETAS)
+            m = m + scalar(1 - BETAS[0]) * (g - m)
+            v = scalar(BETAS[1]) * v + (scalar(1 - BETAS[1]) * g) * g
+            second = largest = torch.maximum(v, largest) if hyper["amsgrad"] else v
+            denominator = torch.from_numpy(numpy.sqrt(second.numpy())) * scalar(1 / math.sqrt(correction2)) + scalar(
+                hyper["eps"]
+            )
+            descent = scalar(hyper["lr"] / correction1) * (m / denominator)
+            p = p - (scalar(hyper["lr"] * hyper["weight_decay"]) * p + descent)
+            stored = dict(zip(stored, (tensor.to(dtype) for tensor in (p, g, m, v, largest)), strict=True))
+    p, g, m, v, largest = stored.values()
+    return [p, g, torch.tensor(float(steps)), m, v, *([largest] if hyper["amsgrad"] else [])]
+
+
+def check_threads_made_otherwise(mode: str = "float32", name: str = "clipped, scaled") -> None:
+    """Threads are made with the environment of the one that first needs them, and keep it for other work: a step must
+    neither take theirs nor leave its own with them."""
+    alone, shared = Path(threads=1), Path(threads=2)
+    errors: list[BaseException] = []
+
+    def steps_in_both(first: bool) -> None:
+        try:
+            for flush in (first, not first, first):
+                found = subnormal_steps(mode, name, shared, flush)
+                assert_same_bits(found, expected[flush], f"threads made where flushing is {first}, now {flush}")
+        except BaseException as error:
+            errors.append(error)
+
+    expected = {flush: subnormal_steps(mode, name, alone, flush) for flush in (False, True)}
+    for first in (True, False):
+        thread = threading.Thread(target=steps_in_both, args=(first,))  # its first parallel region makes its own
+        thread.start()
+        thread.join()
+        if errors:
+            raise errors[0]
+
+
+def check_other_work_keeps_its_arithmetic() -> None:
+    """After a flushing step on several threads, they do not flush."""
+    numbers = torch.full((1 << 20,), 1e-40)
+    with running_on(threads=2):
+        before = numbers * 0.5
+        subnormal_steps("float32", "eps 1", Path(threads=2), True)
+        assert_same_bits([numbers * 0.5], [before], "torch's own product after a flushing step")
+    check((before != 0).all(), "torch flushed")
+
+
+def subnormal_numbers() -> str:
+    for mode, name in itertools.product(MODES, SUBNORMAL_HYPERS):
+        check_subnormal(mode, name)
+    check_threads_made_otherwise()
+    check_other_work_keeps_its_arithmetic()
+    return (
+        f"{len(MODES)} modes, flushed to zero by the calling thread or not: the same bits on {len(PATHS)} paths "
+        "(levels, 1 and 2 threads, capturable, emulated CUDA), and, where not, those of single operations"
+    )
+
+
+# --- NaN and infinity ------------------------------------------------------------------------------------------------
+
+SPECIAL_HYPERS: dict[str, dict[str, Any]] = {
+    "plain": {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1},
+    "amsgrad": {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "amsgrad": True},
+    "betas 0": {"lr": 1e-2, "betas": (0.0, 0.0), "weight_decay": 0.1},
+}
+SPECIAL_ROLES = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(INTEGERS[tensor.itemsize])
+
+
+def special_patterns(dtype: torch.dtype) -> Tensor:
+    """Signalling and quiet NaNs with payloads, of both signs, and the infinities: as bits."""
+    infinity = raw(torch.tensor(torch.inf, dtype=dtype))
+    quiet = raw(torch.tensor(torch.nan, dtype=dtype))
+    positive = [infinity + 1, quiet - 1, quiet + 5, infinity]
+    sign = torch.iinfo(infinity.dtype).min
+    patterns = torch.stack([*positive, *(pattern + sign for pattern in positive), infinity * 0 - 1])
+    check(int(patterns.view(dtype).isnan().sum()) == len(patterns) - 2, "a pattern is no NaN")
+    return patterns
+
+
+def ordinary_numbers(count: int) -> Numbers:
+    generator = torch.Generator().manual_seed(0)
+    numbers = {role: torch.randn(count, generator=generator, dtype=torch.float64) for role in SPECIAL_ROLES}
+    return {role: n.square() + 0.1 if role.endswith("_sq") else n + 0.1 * n.sign() for role, n in numbers.items()}
+
+
+def put_specials(tensors: dict[str, Tensor], spacing: int) -> list[int]:
+    """Each pattern into each role, far from each other, at every place in a vector. Returns where."""
+    roles = [role for role in SPECIAL_ROLES if role in tensors]
+    places = []
+    for i, role in enumerate(roles):
+        for j, pattern in enumerate(special_patterns(tensors[role].dtype)):
+            places.append((i * 9 + j) * spacing + 5)
+            raw(tensors[role])[places[-1]] = pattern
+    return places
+
+
+def classes(tensor: Tensor) -> Tensor:
+    """0 for a finite number, 1 and -1 for infinities, 2 for NaN."""
+    return torch.where(tensor.isnan(), 2, torch.where(tensor.isinf(), tensor.sign(), 0)).to(torch.int8)
+
+
+def check_specials(mode: str, name: str, paths: Sequence[Path] = PATHS, spacing: int = SHARED // 45 | 1) -> None:
+    """Two steps give NaN and infinity where torch's do, the same bits on all paths, and leave the neighbours alone."""
+    hyper = SPECIAL_HYPERS[name]
+    numbers = ordinary_numbers(45 * spacing)
+    clean = Job(mode, numbers, **hyper).step(paths[0], 2)
+    jobs = []
+    for path in paths:
+        jobs.append(Job(mode, numbers, path.capturable, **hyper))
+        places = put_specials(jobs[-1].tensors(), spacing)
+        grad = raw(jobs[-1].param.grad).clone()
+        jobs[-1].step(path, 2)
+        assert_same_bits(jobs[-1].results(), jobs[0].results(), (mode, name, path))
+        check(torch.equal(raw(jobs[-1].param.grad), grad), "a gradient was written to")
+    elsewhere = torch.ones(45 * spacing, dtype=torch.bool)
+    elsewhere[places] = False
+    for key, tensor in jobs[0].tensors().items():
+        if tensor.dim():
+            assert_same_bits([tensor[elsewhere]], [clean.tensors()[key][elsewhere]], f"{mode}, {name}: neighbours")
+    check_steps_of_torch(jobs[0], mode, numbers, hyper, spacing)
+
+
+def check_steps_of_torch(job: Job, mode: str, numbers: Numbers, hyper: dict[str, Any], spacing: int) -> None:
+    theirs = numbers["param"].to(job.param.dtype, copy=True).requires_grad_()
+    theirs.grad = numbers["grad"].to(theirs.dtype, copy=True)
+    optimizer = torch.optim.AdamW([theirs], foreach=False, **hyper)
+    state = {role: numbers[role].to(theirs.dtype, copy=True) for role in job.state if role in numbers}
+    optimizer.state[theirs] = {"step": torch.zeros(()), **state}
+    tensors = {"param": theirs.detach(), "grad": theirs.grad, **state}
+    put_specials(tensors, spacing)
+    for _ in range(2):
+        optimizer.step()
+    tensors = {"param": theirs.detach(), **optimizer.state[theirs]}
+    for role in ("param", *state):
+        ours = job.tensors()[role]
+        differ = (classes(ours) != classes(tensors[role])).nonzero().flatten().tolist()
+        check(not differ, f"{mode}: {role} at {differ} is {ours[differ]}, torch has {tensors[role][differ]}")
+    if mode in ("float64", "float32"):
+        for role in ("param", *state):
+            torch.testing.assert_close(job.tensors()[role], tensors[role], rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+def check_skipped_specials(mode: str, flags: dict[str, bool], path: Path) -> None:
+    """Skipped for found_inf, a step changes no bit of anything, payloads of NaNs neither."""
+    job = Job(mode, ordinary_numbers(45 * 7), amsgrad=True, **flags)
+    job.step(path)
+    put_specials(job.tensors(), 7)
+    before = [raw(tensor).clone() for tensor in job.tensors().values()]
+    job.optimizer.grad_scale = torch.tensor(4.0)
+    for found in (1.0, 2.0, torch.nan):
+        job.optimizer.found_inf = torch.tensor(found)
+        job.step(path)
+    for (role, tensor), old in zip(job.tensors().items(), before, strict=True):
+        check(torch.equal(raw(tensor), old), f"{mode}, {flags}, {path}: {role} has changed in a skipped step")
+    check(job.optimizer.skipped_steps.item() == 3, "a skipped step was not counted")
+
+
+SKIPPING: list[tuple[dict[str, bool], Path]] = [
+    ({"fused": True}, Path(ISA_LEVELS[-1])),
+    ({"capturable": True}, Path(ISA_LEVELS[-1], capturable=True)),
+    ({"capturable": True}, Path(capturable=True, emulated_arguments=32764)),
+]
+
+
+def nan_and_infinity() -> str:
+    for mode, name in itertools.product(MODES, SPECIAL_HYPERS):
+        check_specials(mode, name)
+    for mode, (flags, path) in itertools.product(MODES, SKIPPING):
+        check_skipped_specials(mode, flags, path)
+    return (
+        f"9 patterns in params, gradients and moments, {len(MODES)} modes, {len(PATHS)} paths: NaN and infinity where "
+        "torch's AdamW has them, the neighbours' bits are untouched; a step skipped for found_inf changes no bit"
+    )
+
+
+# --- Hyperparameters of 0 --------------------------------------------------------------------------------------------
+
+ZEROS = [
+    {"lr": lr, "betas": betas, "eps": eps, "weight_decay": decay, "amsgrad": amsgrad}
+    for lr, betas, eps, decay, amsgrad in itertools.product(
+        (0.0, 0.25), ((0.0, 0.0), (0.0, 0.9), (0.9, 0.0), (0.9, 0.9)), (0.0, 1e-3), (0.0, 0.5), (False, True)
+    )
+]
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 4e-6, torch.float16: 2e-2, BFLOAT16: 1e-1}  # of numbers around 1
+
+
+def few_numbers() -> Numbers:
+    """Zeros of both signs, and not, of every role: also 0/0 and 1/0, where eps is 0."""
+    roles = {
+        "param": (0.0, 1.5, -2.0),
+        "grad": (0.0, -0.0, 0.5, -3.0),
+        "exp_avg": (0.0, 0.25, -0.125),
+        "exp_avg_sq": (0.0, 0.0625),
+        "max_exp_avg_sq": (0.0, 0.25),
+    }
+    rows = torch.tensor(list(itertools.product(*roles.values())), dtype=torch.float64)
+    return dict(zip(roles, rows.unbind(1), strict=True))
+
+
+def check_zeros(mode: str, hyper: dict[str, Any], paths: Sequence[Path]) -> int:
+    """Two steps against the textbook, and torch's own where it has the mode. Returns how many params became NaN."""
+    numbers = few_numbers()
+    results = [Job(mode, numbers, path.capturable, **hyper).step(path, 2).results() for path in paths]
+    for path, found in zip(paths, results, strict=True):
+        assert_same_bits(found, results[0], (mode, hyper, path))
+    book = Textbook([numbers["param"]], **hyper)
+    book.exp_avgs, book.exp_avg_sqs = [numbers["exp_avg"]], [numbers["exp_avg_sq"]]
+    book.max_exp_avg_sqs = [numbers["max_exp_avg_sq"]]
+    for _ in range(2):
+        book.step([numbers["grad"]])
+    job = Job(mode, numbers, **hyper).step(paths[0], 2)
+    pairs = {"param": book.params[0], "exp_avg": book.exp_avgs[0], "exp_avg_sq": book.exp_avg_sqs[0]}
+    if hyper["amsgrad"]:
+        pairs["max_exp_avg_sq"] = book.max_exp_avg_sqs[0]
+    tolerance = TOLERANCES[job.param.dtype]
+    for role, expected in pairs.items():
+        close = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+        found = as_float64(job.tensors()[role])
+        torch.testing.assert_close(found, expected, **close, msg=lambda text, r=role: f"{mode}, {hyper}, {r}: {text}")
+    if mode in ("float64", "float32"):
+        check_zeros_of_torch(job, numbers, hyper)
+    return int(job.param.isnan().sum())
+
+
+def check_zeros_of_torch(job: Job, numbers: Numbers, hyper: dict[str, Any]) -> None:
+    theirs = numbers["param"].to(job.param.dtype, copy=True).requires_grad_()
+    theirs.grad = numbers["grad"].to(theirs.dtype, copy=True)
+    optimizer = torch.optim.AdamW([theirs], foreach=False, **hyper)
+    state = {role: numbers[role].to(theirs.dtype, copy=True) for role in job.state if role in numbers}
+    optimizer.state[theirs] = {"step": torch.zeros(()), **state}
+    for _ in range(2):
+        optimizer.step()
+    check(torch.equal(classes(job.param), classes(theirs)), f"{hyper}: NaN or infinity is not where torch has it")
+
+
+def zero_hyperparameters() -> str:
+    paths = [path for path in PATHS if path.threads == 1 or path.capturable]
+    became_nan = sum(check_zeros(mode, hyper, paths) for mode, hyper in itertools.product(MODES, ZEROS))
+    check(became_nan > 0, "no 0/0")
+    return (
+        f"{len(ZEROS)} combinations of lr, betas, eps and weight_decay of 0 and not, {len(MODES)} modes, {len(paths)} "
+        f"paths: as the float64 textbook, NaN (0/0: {became_nan:,} params) and infinity where it has them"
+    )
