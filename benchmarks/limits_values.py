@@ -36,7 +36,12 @@ PATHS = [
 ]
 SHARED = 140_001  # elements: more than a step that stays on the calling thread has
 BETAS = (0.75, 0.9375)  # whose first powers are exact
-Numbers = dict[str, Tensor]  # of the param, its gradient and its moments, in float64
+Numbers = dict[str, Tensor]  # of the param, its gradient and its moments
+
+
+def assert_same(found: Numbers, expected: Numbers, what: object) -> None:
+    assert_same_bits(list(found.values()), [expected[role] for role in found], what)
+    check(found.keys() == expected.keys(), f"{what}: there are {list(found)}")
 
 
 class Job:
@@ -52,11 +57,8 @@ class Job:
         for role in numbers.keys() & self.state.keys():
             self.state[role].copy_(numbers[role])
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> Numbers:
         return {"param": self.param.detach(), "grad": self.param.grad, **self.state}
-
-    def results(self) -> list[Tensor]:
-        return [tensor.clone() for tensor in self.tensors().values()]
 
     def step(self, path: Path, steps: int = 1) -> "Job":
         with stepping_on(self.optimizer, path):
@@ -75,14 +77,14 @@ SUBNORMAL_HYPERS: dict[str, dict[str, Any]] = {
 
 
 def small_numbers(dtype: torch.dtype, count: int = SHARED) -> Numbers:
-    """From the smallest subnormal number of a dtype to 1."""
+    """From the smallest subnormal number of a dtype to 1, half of them in its lowest 60 octaves."""
     info = torch.finfo(dtype)
     lowest = math.log2(info.smallest_normal * info.eps)
     generator = torch.Generator().manual_seed(0)
 
     def numbers(signed: bool) -> Tensor:
-        exponents, signs = (torch.rand(count, generator=generator, dtype=torch.float64) for _ in range(2))
-        sizes = torch.exp2(lowest * exponents)
+        where, signs, low = (torch.rand(count, generator=generator, dtype=torch.float64) for _ in range(3))
+        sizes = torch.exp2(torch.where(low < 0.5, lowest * where, (lowest + 60 * where).clamp(max=0.0)))
         return torch.where(signs < 0.5, -sizes, sizes) if signed else sizes
 
     roles = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -99,7 +101,7 @@ def flushing(flush: bool) -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def subnormal_steps(mode: str, name: str, path: Path, flush: bool, steps: int = 3) -> list[Tensor]:
+def subnormal_steps(mode: str, name: str, path: Path, flush: bool, steps: int = 3) -> Numbers:
     """Params, gradients, state, and the norm of the gradients."""
     hyper = SUBNORMAL_HYPERS[name]
     job = Job(mode, small_numbers(MODES[mode][0]), path.capturable, **hyper)
@@ -107,13 +109,13 @@ def subnormal_steps(mode: str, name: str, path: Path, flush: bool, steps: int = 
         job.optimizer.grad_scale = torch.tensor(2.0)
     with flushing(flush):
         job.step(path, steps)
-    return [*job.results(), *([job.optimizer.grad_norm] if "max_grad_norm" in hyper else [])]
+    return {**job.tensors(), **({"grad_norm": job.optimizer.grad_norm} if "max_grad_norm" in hyper else {})}
 
 
-def share_subnormal(tensors: Sequence[Tensor]) -> float:
-    """Of the numbers that the arithmetic takes for subnormal. Those of float16 are not, in float32."""
-    numbers = torch.cat([as_float64(tensor).flatten() for tensor in tensors if tensor.is_floating_point()])
-    least = torch.finfo(compute_dtype(tensors[0].dtype)).smallest_normal
+def share_subnormal(tensors: Numbers) -> float:
+    """Of what is computed, and not chosen or left; and to the arithmetic, to which those of float16 are not."""
+    numbers = torch.cat([as_float64(tensors[role]) for role in ("param", "exp_avg", "exp_avg_sq")])
+    least = torch.finfo(compute_dtype(tensors["param"].dtype)).smallest_normal
     return float(((numbers != 0) & (numbers.abs() < least)).double().mean())
 
 
@@ -121,15 +123,15 @@ def check_subnormal(mode: str, name: str, paths: Sequence[Path] = PATHS) -> None
     """The bits of the first path on all of them; without flushing those of the arithmetic, one operation at a time."""
     kept, flushed = (subnormal_steps(mode, name, paths[0], flush) for flush in (False, True))
     if mode in TORCHS and "max_grad_norm" not in SUBNORMAL_HYPERS[name]:
-        assert_same_bits(kept, by_single_operations(mode, name), f"{mode}, {name}, not flushed")
+        assert_same(kept, by_single_operations(mode, name), f"{mode}, {name}, not flushed")
     if mode != "float16":
         check(share_subnormal(kept) > 0.01, f"{mode}, {name}: no number is subnormal")
         check(share_subnormal(flushed) == 0.0, f"{mode}, {name}: a number is subnormal where they are flushed")
     for path, (flush, expected) in itertools.product(paths[1:], ((False, kept), (True, flushed))):
-        assert_same_bits(subnormal_steps(mode, name, path, flush), expected, (mode, name, path, f"flushing: {flush}"))
+        assert_same(subnormal_steps(mode, name, path, flush), expected, (mode, name, path, f"flushing: {flush}"))
 
 
-def by_single_operations(mode: str, name: str, steps: int = 3) -> list[Tensor]:
+def by_single_operations(mode: str, name: str, steps: int = 3) -> Numbers:
     """The update in operations on whole tensors, each of which rounds once. torch's own square root of float64 numbers
     is off by a bit at times."""
     hyper = {"weight_decay": 1e-2, "amsgrad": False, **SUBNORMAL_HYPERS[name]}
@@ -153,8 +155,9 @@ def by_single_operations(mode: str, name: str, steps: int = 3) -> list[Tensor]:
             descent = scalar(hyper["lr"] / correction1) * (m / denominator)
             p = p - (scalar(hyper["lr"] * hyper["weight_decay"]) * p + descent)
             stored = dict(zip(stored, (tensor.to(dtype) for tensor in (p, g, m, v, largest)), strict=True))
-    p, g, m, v, largest = stored.values()
-    return [p, g, torch.tensor(float(steps)), m, v, *([largest] if hyper["amsgrad"] else [])]
+    if not hyper["amsgrad"]:
+        del stored["max_exp_avg_sq"]
+    return {**stored, "step": torch.tensor(float(steps))}
 
 
 def check_threads_made_otherwise(mode: str = "float32", name: str = "clipped, scaled") -> None:
@@ -167,7 +170,7 @@ def check_threads_made_otherwise(mode: str = "float32", name: str = "clipped, sc
         try:
             for flush in (first, not first, first):
                 found = subnormal_steps(mode, name, shared, flush)
-                assert_same_bits(found, expected[flush], f"threads made where flushing is {first}, now {flush}")
+                assert_same(found, expected[flush], f"threads made where flushing is {first}, now {flush}")
         except BaseException as error:
             errors.append(error)
 
@@ -233,7 +236,7 @@ def ordinary_numbers(count: int) -> Numbers:
     return {role: n.square() + 0.1 if role.endswith("_sq") else n + 0.1 * n.sign() for role, n in numbers.items()}
 
 
-def put_specials(tensors: dict[str, Tensor], spacing: int) -> list[int]:
+def put_specials(tensors: Numbers, spacing: int) -> list[int]:
     """Each pattern into each role, far from each other, at every place in a vector. Returns where."""
     roles = [role for role in SPECIAL_ROLES if role in tensors]
     places = []
@@ -260,7 +263,7 @@ def check_specials(mode: str, name: str, paths: Sequence[Path] = PATHS, spacing:
         places = put_specials(jobs[-1].tensors(), spacing)
         grad = raw(jobs[-1].param.grad).clone()
         jobs[-1].step(path, 2)
-        assert_same_bits(jobs[-1].results(), jobs[0].results(), (mode, name, path))
+        assert_same(jobs[-1].tensors(), jobs[0].tensors(), (mode, name, path))
         check(torch.equal(raw(jobs[-1].param.grad), grad), "a gradient was written to")
     elsewhere = torch.ones(45 * spacing, dtype=torch.bool)
     elsewhere[places] = False
@@ -350,15 +353,14 @@ def few_numbers() -> Numbers:
 def check_zeros(mode: str, hyper: dict[str, Any], paths: Sequence[Path]) -> int:
     """Two steps against the textbook, and torch's own where it has the mode. Returns how many params became NaN."""
     numbers = few_numbers()
-    results = [Job(mode, numbers, path.capturable, **hyper).step(path, 2).results() for path in paths]
-    for path, found in zip(paths, results, strict=True):
-        assert_same_bits(found, results[0], (mode, hyper, path))
+    job, *others = [Job(mode, numbers, path.capturable, **hyper).step(path, 2) for path in paths]
+    for path, other in zip(paths[1:], others, strict=True):
+        assert_same(other.tensors(), job.tensors(), (mode, hyper, path))
     book = Textbook([numbers["param"]], **hyper)
     book.exp_avgs, book.exp_avg_sqs = [numbers["exp_avg"]], [numbers["exp_avg_sq"]]
     book.max_exp_avg_sqs = [numbers["max_exp_avg_sq"]]
     for _ in range(2):
         book.step([numbers["grad"]])
-    job = Job(mode, numbers, **hyper).step(paths[0], 2)
     pairs = {"param": book.params[0], "exp_avg": book.exp_avgs[0], "exp_avg_sq": book.exp_avg_sqs[0]}
     if hyper["amsgrad"]:
         pairs["max_exp_avg_sq"] = book.max_exp_avg_sqs[0]
