@@ -1,7 +1,7 @@
 """How far it goes: elements, tensors, groups, steps, and numbers at the edge (`python -m benchmarks.limits`).
 
 Each run checks every number it makes and fails if one is wrong; what it writes is what was run and how long it took.
-The largest tensor of the default run has 2**26 + 1 elements; `--elements $((2**31 + 1))` takes 18 GB of memory.
+The largest tensor of the default run has 2**26 + 1 elements; `--elements 2147483649` takes 18 GB of memory.
 """
 
 import argparse
