@@ -1,5 +1,6 @@
 """Numbers at the edge: subnormal ones, NaN and infinity, hyperparameters of 0. On every path, in every mode."""
 
+import functools
 import itertools
 import math
 import threading
@@ -76,6 +77,7 @@ SUBNORMAL_HYPERS: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
 def small_numbers(dtype: torch.dtype, count: int = SHARED) -> Numbers:
     """From the smallest subnormal number of a dtype to 1, half of them in its lowest 60 octaves."""
     info = torch.finfo(dtype)
