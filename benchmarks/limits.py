@@ -22,7 +22,8 @@ from benchmarks.limits_steps import (
     scalars_of_steps,
     steps_past_the_last_count,
 )
-from benchmarks.limits_values import nan_and_infinity, subnormal_numbers, zero_hyperparameters
+from benchmarks.limits_subnormal import subnormal_numbers
+from benchmarks.limits_values import nan_and_infinity, zero_hyperparameters
 from tests.helpers import running_on
 
 

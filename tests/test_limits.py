@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import limits, limits_sizes, limits_steps, limits_values
-from benchmarks.limits_values import MODES, PATHS, SKIPPING, SPECIAL_HYPERS, SUBNORMAL_HYPERS, ZEROS
+from benchmarks import limits, limits_sizes, limits_steps, limits_subnormal, limits_values
+from benchmarks.limits_subnormal import SUBNORMAL_HYPERS
+from benchmarks.limits_values import MODES, PATHS, SKIPPING, SPECIAL_HYPERS, ZEROS
 from tests.helpers import ISA_LEVELS
 from tests.test_bits import Path
 
@@ -67,15 +68,15 @@ def test_random_bits_stay_where_the_step_count_does():
 @pytest.mark.parametrize("name", SUBNORMAL_HYPERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_subnormal_numbers_are_flushed_on_every_path_as_in_the_calling_thread_or_on_none(mode, name):
-    limits_values.check_subnormal(mode, name, PATHS if mode == "float32" else FEW)
+    limits_subnormal.check_subnormal(mode, name, PATHS if mode == "float32" else FEW)
 
 
 def test_threads_made_where_subnormals_are_flushed_compute_as_their_caller():
-    limits_values.check_threads_made_otherwise()
+    limits_subnormal.check_threads_made_otherwise()
 
 
 def test_a_flushing_step_does_not_leave_other_work_flushing():
-    limits_values.check_other_work_keeps_its_arithmetic()
+    limits_subnormal.check_other_work_keeps_its_arithmetic()
 
 
 @pytest.mark.parametrize("name", SPECIAL_HYPERS)
