@@ -16,7 +16,8 @@ from tests.test_bits import Path
 # What these tests prepare and compare is small: only steps get threads.
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FEW = [Path(), Path(ISA_LEVELS[-1], 2), Path(capturable=True, emulated_arguments=32764)]
+# Every level, one thread and several.
+FEW = [Path(), *(Path(isa, 2) for isa in ISA_LEVELS[1:]), Path(capturable=True, emulated_arguments=32764)]
 
 
 # --- Sizes -----------------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ def test_random_bits_stay_where_the_step_count_does():
 @pytest.mark.parametrize("name", SUBNORMAL_HYPERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_subnormal_numbers_are_flushed_on_every_path_as_in_the_calling_thread_or_on_none(mode, name):
-    limits_subnormal.check_subnormal(mode, name, PATHS if mode == "float32" else FEW)
+    limits_subnormal.check_subnormal(mode, name, FEW)
 
 
 def test_threads_made_where_subnormals_are_flushed_compute_as_their_caller():
@@ -82,7 +83,8 @@ def test_a_flushing_step_does_not_leave_other_work_flushing():
 @pytest.mark.parametrize("name", SPECIAL_HYPERS)
 @pytest.mark.parametrize("mode", MODES)
 def test_nan_payloads_and_infinities_act_as_torchs_and_on_their_element_alone(mode, name):
-    limits_values.check_specials(mode, name, FEW)
+    if name == "plain":
+        limits_values.check_specials(mode, name, FEW)
     limits_values.check_specials(mode, name, [path for path in PATHS if path.threads == 1], spacing=37)
 
 
