@@ -6,7 +6,7 @@ TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: demo demo-short demo-cluster test test-slow test-properties test-trainers test-packaging test-sanitized \
 	test-sanitized-address test-sanitized-thread test-cuda-build gpu-check mutation mutation-sample mutation-sanitized \
-	bench bench-all bench-modes bench-sharded long-run lint format clean
+	bench bench-all bench-modes bench-sharded long-run limits lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -133,6 +133,10 @@ bench-all: bench bench-modes bench-sharded
 long-run: $(VENV)/installed
 	$(BIN)/python -m benchmarks.long_run
 	$(BIN)/python -m benchmarks.readme
+
+# Two thousand million elements, 100,000 tensors, 10,000 groups, a million steps: 18 GB of memory.
+limits: $(VENV)/installed
+	$(BIN)/python -m benchmarks.limits --elements 2147483649
 
 # What each precision mode costs in bytes, time and final loss.
 bench-modes: $(VENV)/installed
