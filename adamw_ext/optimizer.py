@@ -254,8 +254,8 @@ class AdamW(torch.optim.AdamW):
 
         A 0-d int64 tensor that goes on counting: on the device of the first param where that counts its own steps (a
         CUDA param, ``capturable`` or ``fused``), else on the CPU. Reading it waits for nothing. Steps that a
-        ``GradScaler`` leaves out without calling :meth:`step`, as it does where ``fused`` is not set, are not counted, nor
-        are those in which no param has a gradient.
+        ``GradScaler`` leaves out without calling :meth:`step`, as it does where ``fused`` is not set, are not counted,
+        nor are those in which no param has a gradient.
         """
         for group in self.param_groups:
             for param in group["params"][:1]:

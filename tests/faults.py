@@ -24,6 +24,7 @@ CONVERSION = ("tests/test_checkpoint.py",)
 COMPILED = ("tests/test_compile.py",)
 REFUSALS = ("tests/test_bad_input.py",)
 CLASS = ("tests/test_optimizer.py", "tests/test_regressions.py", "tests/test_skipped_steps.py")
+LIMITS = ("tests/test_limits.py",)
 SHARDED_STATE = ("tests/test_sharded_state.py", "tests/test_sharded_bad_input.py")
 
 
@@ -68,6 +69,20 @@ FAULTS = [
         "csrc/core/update.h",
         "maximum(e.exp_avg_sq, e.max_exp_avg_sq)",
         "maximum(e.exp_avg_sq, e.exp_avg_sq)",
+    ),
+    Fault(
+        "threads of a step compute in environments of their own",
+        "csrc/cpu/launch.cpp",
+        "    std::fesetenv(&callers);\n",
+        "",
+        LIMITS,
+    ),
+    Fault(
+        "step counts that differ share their scalars",
+        "csrc/torch/stepper.cpp",
+        "    if (keys_[key].steps_done == done) return key;\n",
+        "    if (looks > 100 || keys_[key].steps_done == done) return key;\n",
+        LIMITS,
     ),
     Fault("amsgrad's maximum loses a NaN", "csrc/core/update.h", "return a == a ? larger : a;", "return larger;"),
     Fault("an infinite param becomes NaN", "csrc/core/update.h", "finite_or_zero(e.param)", "e.param"),

@@ -52,7 +52,8 @@ ADAMW_EXT_HD ADAMW_EXT_INLINE void update(Element<T>& e, T grad, const StepScala
   e.exp_avg_sq = s.beta2 * e.exp_avg_sq + (s.one_minus_beta2 * grad) * grad;
 
   T second_moment = e.exp_avg_sq;
-  if (amsgrad) second_moment = e.max_exp_avg_sq = maximum(e.exp_avg_sq, e.max_exp_avg_sq);
+  // Where the caller flushes subnormal numbers, so does the addition; some instructions that select do, others not.
+  if (amsgrad) second_moment = e.max_exp_avg_sq = maximum(e.exp_avg_sq, e.max_exp_avg_sq + T(0));
 
   const T denominator = std::sqrt(second_moment) * s.denominator_scale + s.eps;
   const T descent = s.step_size * (e.exp_avg / denominator);

@@ -283,7 +283,9 @@ std::int32_t Stepper::scalars_for(std::size_t index, const GroupOptions& options
   }
   const double done = *slot.steps_done;
   std::int32_t& first = first_key_[slot.group];
-  for (std::int32_t key = first; key >= 0; key = keys_[key].next) {
+  constexpr int most = 256;  // then some scalars are there twice, rather than all keys read for each of many counts
+  std::int32_t key = first;
+  for (int looks = 0; key >= 0 && looks < most; key = keys_[key].next, ++looks) {
     if (keys_[key].steps_done == done) return key;
   }
   check_step(index);
