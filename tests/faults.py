@@ -67,7 +67,7 @@ FAULTS = [
     Fault(
         "amsgrad's maximum is the latest second moment",
         "csrc/core/update.h",
-        "maximum(e.exp_avg_sq, e.max_exp_avg_sq)",
+        "maximum(e.exp_avg_sq, e.max_exp_avg_sq + T(0))",
         "maximum(e.exp_avg_sq, e.exp_avg_sq)",
     ),
     Fault(

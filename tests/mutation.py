@@ -9,6 +9,7 @@ with less optimisation, which changes no bit and takes a fifth of the time.
 """
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -161,6 +162,13 @@ def try_in_copy(faults: list[Fault]) -> list[dict[str, object]]:
     return rows
 
 
+def rows_of_today(path: Path, rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    """These, and those of other faults that a run of the same day wrote, in the order of FAULTS."""
+    earlier = json.loads(path.read_text())["faults"] if path.exists() else []
+    by_name = {row["fault"]: row for row in [*earlier, *rows]}
+    return [by_name[fault.name] for fault in FAULTS if fault.name in by_name]
+
+
 def report(rows: list[dict[str, object]]) -> str:
     noticed = [row for row in rows if row["noticed by"]]
     lines = [
@@ -187,7 +195,7 @@ def main() -> int:
         "--only", nargs="+", action="extend", metavar="WORDS", help="only faults whose name has one of these in it"
     )
     parser.add_argument("--layer", choices=("compiled", "python"), help="only faults of this layer")
-    parser.add_argument("--out", type=Path, help="also write the results there, as a dated file")
+    parser.add_argument("--out", type=Path, help="also write the results there, as a dated file with those of the day")
     arguments = parser.parse_args()
     faults = [
         fault
@@ -199,11 +207,12 @@ def main() -> int:
         parser.error("no fault has such a name; there are:\n" + "\n".join(fault.name for fault in FAULTS))
     check_texts(faults)
     rows = try_all(faults)
-    text = report(rows)
     if arguments.out:
-        write_dated(arguments.out, "mutation", {**conditions(), "faults": rows}, text)
+        result = conditions()
+        all_rows = rows_of_today(arguments.out / f"mutation-{result['date']}.json", rows)
+        write_dated(arguments.out, "mutation", {**result, "faults": all_rows}, report(all_rows))
     else:
-        print(text)
+        print(report(rows))
     return 0 if all(row["noticed by"] for row in rows) else 1
 
 
