@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
+
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++")
 LIBRARIES = ("adamw_ext/libadamw_ext.so", "adamw_ext/_C*.so")
@@ -109,7 +111,9 @@ SANITIZERS = {
         ("__asan_store4", "__ubsan_handle_"),
         {
             # Leaks are looked for by a program of their own: pytest and torch keep much until the end.
-            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:log_path={log}",
+            "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1:log_path={log}:"
+            # In place of a limit of the address space, absurd sizes fail as they do elsewhere.
+            "allocator_may_return_null=1:max_allocation_size_mb=8192",
             "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         },
         {
@@ -158,8 +162,11 @@ class Sanitized:
 
     @property
     def environment(self) -> dict[str, str]:
-        # The C++ library must be there when the sanitizer looks for the functions that throw.
+        # The C++ library must be there when the sanitizer looks for the functions that throw. ThreadSanitizer takes the
+        # thread-local memory that the loader frees after a thread's end for freed in a race: what is loaded from the
+        # start has its own in the thread's stack instead (and see setup.py).
         preloaded = [self.runtime(library) for library in (self.sanitizer.runtime, "libstdc++.so.6")]
+        preloaded += [str(Path(torch.__file__).parent / "lib" / "libc10.so")] * (self.name == "thread")
         log, suppressions = self.logs / "report", self.tree / "tests" / "sanitized" / "tsan.supp"
         options = {
             key: value.format(log=log, suppressions=suppressions) for key, value in self.sanitizer.options.items()
