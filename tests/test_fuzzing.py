@@ -10,7 +10,9 @@ from tests.fuzzing.cases import ENTRANCES, Subject, try_call
 from tests.fuzzing.observe import Broken
 from tests.fuzzing.run import fuzz, load_entrances
 
-SEEDS = int(os.environ.get("TESTS_FUZZING_SEEDS", "215"))  # of each entrance; fewer on slow builds (tests/sanitizers.py)
+SEEDS = int(
+    os.environ.get("TESTS_FUZZING_SEEDS", "215")
+)  # of each entrance; fewer on slow builds (tests/sanitizers.py)
 
 
 @pytest.fixture(scope="module")
