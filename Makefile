@@ -97,8 +97,9 @@ test-packaging: $(VENV)/installed $(if $(BASES),,$(PYTHONS:%=$(BASES_OF)/%/insta
 		$(addprefix --base ,$(or $(BASES),$(PYTHONS:%=$(BASES_OF)/%/bin/python)))
 
 # The extension built with AddressSanitizer and UndefinedBehaviorSanitizer, and with ThreadSanitizer, each in a copy of
-# the checkout, and the tests of its kernels and threads on those builds.
-test-sanitized: test-sanitized-address test-sanitized-thread
+# the checkout, and the tests of its kernels and threads on those builds: both at once, each with half of the cores.
+test-sanitized: $(VENV)/installed
+	+MAX_JOBS=$${MAX_JOBS:-$$(($$(nproc) / 2 + $$(nproc) % 2))} $(MAKE) -j 2 test-sanitized-address test-sanitized-thread
 
 test-sanitized-address test-sanitized-thread: test-sanitized-%: $(VENV)/installed
 	$(BIN)/python -m tests.sanitizers $*

@@ -9,6 +9,7 @@ runtime was loaded first.
 
 import glob
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -92,7 +93,7 @@ SANITIZERS = {
         "--param=asan-instrumentation-with-call-threshold=0",
         "-D_GLIBCXX_ASSERTIONS",
     ],
-    "thread": ["-O1", "-fsanitize=thread"],
+    "thread": ["-O1", "-fsanitize=thread", "-ftls-model=initial-exec"],
 }
 
 
@@ -103,8 +104,21 @@ def sanitizer_flags() -> list[str]:
         return []
     if choice not in SANITIZERS:
         sys.exit(f"ADAMW_EXT_SANITIZE must be {' or '.join(SANITIZERS)}, but is {choice!r}.")
-    # Neither sanitizer sees vector code: it is one text, so the other instruction sets would be the baseline again.
-    return [*SANITIZERS[choice], "-g1", "-fno-omit-frame-pointer", "-DADAMW_EXT_X86_LEVELS=0"]
+    return [*SANITIZERS[choice], "-g1", "-fno-omit-frame-pointer"]
+
+
+def joined(sources: list[str], folder: str) -> list[str]:
+    """With a sanitizer, the sources of a folder as one that includes them: reading torch's headers once, and not for
+    each, halves the time of the build."""
+    if not sanitizer_flags():
+        return sources
+    chosen = [source for source in sources if os.path.dirname(source) == folder]
+    text = "".join(f'#include "{os.path.abspath(source)}"\n' for source in chosen)
+    path = os.path.join("build", f"joined_{os.path.basename(folder)}.cpp")
+    os.makedirs("build", exist_ok=True)
+    if not os.path.exists(path) or pathlib.Path(path).read_text() != text:  # else ninja would compile it again
+        pathlib.Path(path).write_text(text)
+    return [path, *(source for source in sources if source not in chosen)]
 
 
 def host_flags() -> list[str]:
@@ -193,11 +207,14 @@ own_folder = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
 setup(
     ext_modules=[
         extension(
-            f"adamw_ext.{LIBRARY}", sources=sorted(sources - module_sources), extra_link_args=sanitizing, **common
+            f"adamw_ext.{LIBRARY}",
+            sources=joined(sorted(sources - module_sources), "csrc/torch"),
+            extra_link_args=sanitizing,
+            **common,
         ),
         cpp_extension.CppExtension(
             "adamw_ext._C",
-            sources=sorted(module_sources),
+            sources=joined(sorted(module_sources), "csrc/python"),
             extra_link_args=[f"-Wl,-rpath,{own_folder}", *sanitizing],
             **common,
         ),

@@ -30,7 +30,7 @@ class Fault:
 
 
 UPDATE = ("tests/test_update.py",)
-THREADS = "tests/test_bad_input.py::test_"
+THREADS = "tests/test_concurrency.py::test_"
 
 FAULTS = [
     Fault(

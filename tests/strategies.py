@@ -1,5 +1,6 @@
 """What hypothesis draws: scenarios, and ways to step them; and how much."""
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,8 @@ PROFILE = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
 }
-settings.register_profile("same", derandomize=True, max_examples=60, **PROFILE)
+EXAMPLES = int(os.environ.get("TESTS_EXAMPLES", "60"))  # of each property; fewer on slow builds (tests/sanitizers.py)
+settings.register_profile("same", derandomize=True, max_examples=EXAMPLES, **PROFILE)
 if settings.get_current_profile_name() != "long":
     settings.load_profile("same")
 

@@ -8,13 +8,13 @@
 namespace adamw_ext {
 namespace {
 
-struct Extent {
+struct ByteRange {
   std::uintptr_t begin;
   std::uintptr_t end;
   WrittenTensor written;
 };
 
-Extent extent_of(const WrittenTensor& written) {
+ByteRange extent_of(const WrittenTensor& written) {
   const c10::TensorImpl& tensor = *written.tensor;
   std::int64_t elements = 1;
   for (std::int64_t i = 0; i < tensor.dim(); ++i) elements += (tensor.sizes()[i] - 1) * tensor.strides()[i];
@@ -41,9 +41,9 @@ bool all_elements(const c10::TensorImpl& tensor, const Visit& visit) {
 }
 
 // Extents [first, last) chain into one range of memory: marks every byte they hold.
-Overlap compare_bytes(const Extent* first, const Extent* last, std::uintptr_t end) {
+Overlap compare_bytes(const ByteRange* first, const ByteRange* last, std::uintptr_t end) {
   std::vector<bool> taken(end - first->begin, false);
-  for (const Extent* extent = first; extent != last; ++extent) {
+  for (const ByteRange* extent = first; extent != last; ++extent) {
     const c10::TensorImpl& tensor = *extent->written.tensor;
     const std::uintptr_t base = extent->begin - first->begin;
     const bool disjoint = all_elements(tensor, [&](std::uintptr_t offset) {
@@ -54,7 +54,7 @@ Overlap compare_bytes(const Extent* first, const Extent* last, std::uintptr_t en
       return true;
     });
     if (disjoint) continue;
-    const Extent* other = std::find_if(first, extent, [&](const Extent& e) { return e.end > extent->begin; });
+    const ByteRange* other = std::find_if(first, extent, [&](const ByteRange& e) { return e.end > extent->begin; });
     return {other->written.owner, extent->written.owner, true};
   }
   return {};
@@ -63,12 +63,12 @@ Overlap compare_bytes(const Extent* first, const Extent* last, std::uintptr_t en
 }  // namespace
 
 Overlap find_overlap(const std::vector<WrittenTensor>& tensors) {
-  std::vector<Extent> extents;
+  std::vector<ByteRange> extents;
   extents.reserve(tensors.size());
   for (const WrittenTensor& written : tensors) {
     if (written.tensor->numel() > 0) extents.push_back(extent_of(written));
   }
-  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+  std::sort(extents.begin(), extents.end(), [](const ByteRange& a, const ByteRange& b) { return a.begin < b.begin; });
 
   for (std::size_t i = 0; i < extents.size();) {
     std::uintptr_t end = extents[i].end;

@@ -137,7 +137,8 @@ def work(plan: dict[str, Any]) -> None:
     """In the child. TESTS_FUZZING_DIES_AT: a seed at which it dies, to see that this is noticed."""
     report = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a case prints goes elsewhere
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    if "ASAN_OPTIONS" not in os.environ:  # AddressSanitizer takes terabytes, and limits allocations by itself
+        resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     prepare()
     names = plan["names"]
