@@ -93,7 +93,7 @@ SANITIZERS = {
         "--param=asan-instrumentation-with-call-threshold=0",
         "-D_GLIBCXX_ASSERTIONS",
     ],
-    "thread": ["-O1", "-fsanitize=thread", "-ftls-model=initial-exec"],
+    "thread": ["-O1", "-fsanitize=thread"],
 }
 
 

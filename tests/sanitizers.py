@@ -27,8 +27,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-import torch
-
 ROOT = Path(__file__).parent.parent
 COMPILER = os.environ.get("CXX", "c++")
 LIBRARIES = ("adamw_ext/libadamw_ext.so", "adamw_ext/_C*.so")
@@ -206,11 +204,8 @@ class Sanitized:
 
     @property
     def environment(self) -> dict[str, str]:
-        # The C++ library must be there when the sanitizer looks for the functions that throw. ThreadSanitizer takes the
-        # thread-local memory that the loader frees after a thread's end for freed in a race: what is loaded from the
-        # start has its own in the thread's stack instead (and see setup.py).
+        # The C++ library must be there when the sanitizer looks for the functions that throw.
         preloaded = [self.runtime(library) for library in (self.sanitizer.runtime, "libstdc++.so.6")]
-        preloaded += [str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")] * (self.name == "thread")
         log, suppressions = self.logs / "report", self.tree / "tests" / "sanitized" / "tsan.supp"
         options = {
             key: value.format(log=log, suppressions=suppressions) for key, value in self.sanitizer.options.items()
