@@ -60,7 +60,8 @@ test-trainers: $(TRAINERS_VENV)/installed
 # of the checkout, looked into, and the suite run on that build. A skip in the first part would hide a failure.
 # Run before, or free of torch's version; and of the engines those that hold plain tensors, which take long.
 SAME_EVERYWHERE := sanitized.py parity.py bench_modes.py kernels_cuda.py migration.py ddp.py zero.py in_backward.py \
-	example_cluster.py long_run.py growth.py readme.py install_failures.py properties.py
+	example_cluster.py long_run.py growth.py readme.py evidence.py install_failures.py properties.py limits.py fuzzing.py \
+	exits.py forks.py interrupts.py
 CUDA_TORCH := torch==2.11.0
 CUDA_VENV  := .venv-cuda
 CUDA_COPY  := out/cuda-build
