@@ -47,7 +47,7 @@ def adamw(
         RuntimeError, ValueError: before anything has changed, naming the list and index.
     """
     if not isinstance(params, (list, tuple)):
-        raise TypeError(f"params must be a list of tensors, but is {params!r}")
+        raise TypeError(f"params must be a list of tensors, but is {describe(params)}")
     elsewhere = [index for index, param in enumerate(params) if not _is_for_kernel(param, index)]
     if elsewhere and len(elsewhere) < len(params):
         raise RuntimeError(
@@ -118,7 +118,7 @@ def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> No
     """Raise ValueError where torch's functional AdamW would fail after the first writes."""
     for name, tensors in lists.items():
         if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params):
-            raise ValueError(f"{name} must be a list of {len(params)} tensors, as params, but is {tensors!r}")
+            raise ValueError(f"{name} must be a list of {len(params)} tensors, as params, but is {describe(tensors)}")
         for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if not isinstance(tensor, Tensor) or not may_read(part(tensor)) or not may_read(part(param)):
                 raise ValueError(f"{name}[{index}] must be a tensor with memory, but is {describe_kind(tensor)}")
@@ -131,12 +131,12 @@ def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> No
 
 def describe_kind(value: object) -> str:
     """Without reading it."""
-    return f"one of shape {tuple(value.shape)} without" if isinstance(value, Tensor) else repr(value)
+    return f"one of shape {tuple(value.shape)} without" if isinstance(value, Tensor) else describe(value)
 
 
 def _is_for_kernel(param: Tensor, index: int) -> bool:
     if not isinstance(param, Tensor):
-        raise TypeError(f"params[{index}] must be a tensor, but is {param!r}")
+        raise TypeError(f"params[{index}] must be a tensor, but is {describe(param)}")
     if param.layout != torch.strided:
         raise RuntimeError(f"params[{index}] must be strided, but has layout {param.layout}")
     return runs_in_kernel(param)

@@ -20,6 +20,8 @@ def find_problem(param: Tensor) -> str | None:
     param, grad = part(param), part(param.grad)
     if grad is None:
         return None
+    if param.is_nested or grad.is_nested:
+        return "it or its gradient is a nested tensor"
     if param.layout != torch.strided or param.is_quantized or not (param.is_floating_point() or param.is_complex()):
         return (
             "it must be a strided tensor of a floating point or complex dtype, "

@@ -1,9 +1,11 @@
 """What one case is made of: an optimizer with its twin, the attempt that may be refused, and what must hold after."""
 
 import enum
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -63,8 +65,17 @@ TORCHS = (
 )
 
 
+def is_torchs_lack_of_memory(error: Exception) -> bool:
+    """Whether torch's own Python code was about to walk what has, or says it has, more items than fit."""
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    in_torch = place.parent == Path(torch.optim.__file__).parent or place == Path(torch._tensor.__file__)
+    return in_torch and (isinstance(error, MemoryError) or str(error) == "std::bad_alloc")
+
+
 def check_error(error: Exception, *, raw: bool = False) -> None:
     """Raise Broken unless the error is one that users may see. raw: pybind11's words will do."""
+    if is_torchs_lack_of_memory(error):
+        return
     if not isinstance(error, ORDINARY):
         raise Broken(f"a {type(error).__name__} is no error for users: {error}") from error
     text = "" if isinstance(error, Planted) else str(error)

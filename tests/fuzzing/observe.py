@@ -154,8 +154,9 @@ def compare_state(before: Any, items: Any) -> None:
         if before != id(items):
             raise Broken("the state of a param is another object")
         return
-    if before.keys() != items.keys():
-        raise Broken(f"state keys have changed from {list(before)} to {list(items)}")
+    keys = dict.keys(items)
+    if before.keys() != keys:
+        raise Broken(f"state keys have changed from {list(before)} to {list(keys)}")
     for key, old in before.items():
         new = dict.__getitem__(items, key)
         if new is old or (is_readable(old) and is_readable(new) and same_values(old, new)):
