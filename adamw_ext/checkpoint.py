@@ -227,9 +227,7 @@ def from_transformer_engine(state_dict: dict[str, Any], params: Iterable[Tensor]
         if master.dtype == torch.int16:
             if param.dtype != torch.bfloat16 or param.shape != master.shape:
                 expected, found = f"of a torch.bfloat16 param of shape {tuple(master.shape)}", f"of {describe(param)}"
-                raise _error(
-                    _TRANSFORMER_ENGINE.source, "master_param", where, expected, found
-                )
+                raise _error(_TRANSFORMER_ENGINE.source, "master_param", where, expected, found)
             items["master_param"] = _C.join_master(param, master)
         elif param.dtype not in (torch.bfloat16, torch.float16):
             del items["master_param"]
@@ -305,6 +303,10 @@ def _widened(param: Tensor, group: dict[str, Any], items: dict[str, Any]) -> dic
             raise ValueError(f"{key!r} of a param of shape {tuple(param.shape)} has no memory: it was freed or resized")
     for key, value in parts(items).items():
         if key == "step":
+            if to_float(value) is None:
+                raise ValueError(
+                    f"'step' of a param of shape {tuple(param.shape)} must be a number, but is {describe(value)}"
+                )
             widened[key] = torch.tensor(float(value), dtype=torch.float32)
         elif key in MOMENTS:
             widened[key] = value.detach().to("cpu", _WIDER.get(value.dtype, value.dtype), copy=True)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import is_sharded, part, placed_grad
-from adamw_ext.state import describe, is_step, may_read, runs_in_kernel, to_float
+from adamw_ext.state import describe, is_step, may_read, runs_in_kernel, to_float, wrapped_alike
 
 
 def adamw(
@@ -62,6 +63,9 @@ def adamw(
     if differentiable or elsewhere:
         named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
         _check_for_torch(params, {**named, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else named)
+        supported = _get_capturable_supported_devices()
+        if capturable and not torch.compiler.is_compiling() and any(p.device.type not in supported for p in params):
+            raise RuntimeError(f"capturable=True is for params on {', '.join(supported)}")
         torch_adamw(
             params,
             grads,
@@ -125,7 +129,7 @@ def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> No
             fits = (tensor.shape, tensor.dtype, tensor.device) == (param.shape, param.dtype, param.device)
             if name == "state_steps":
                 fits = tensor.numel() == 1 and is_step(part(tensor), part(param))
-            if not fits or tensor.layout != torch.strided:
+            if not fits or tensor.layout != torch.strided or not wrapped_alike(part(tensor), part(param)):
                 raise ValueError(f"{name}[{index}] does not fit {describe(param)}: it is {describe(tensor)}")
 
 

@@ -37,6 +37,7 @@ from adamw_ext.state import (
     Carried,
     StateLoad,
     carry_tensors,
+    check_is_state_dict,
     conform_state,
     describe,
     drop_other_masters,
@@ -462,6 +463,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _finish_load(self, incoming: dict[str, Any]) -> None:
         """Turn what torch's load_state_dict is about to install into what this class keeps."""
+        check_is_state_dict(incoming)
         groups: list[dict[str, Any]] = incoming["param_groups"]
         for current, loaded in zip(self.param_groups, groups, strict=True):
             for flag in _IMPLEMENTATION_FLAGS:

@@ -384,6 +384,7 @@ def is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
         and value.is_complex() == param.is_complex()
         and (value.is_floating_point() or value.is_complex())
         and (param.is_meta or not value.is_meta)
+        and wrapped_alike(part(value), part(param))
     )
 
 
@@ -392,6 +393,7 @@ def is_master(value: Any, param: Tensor, key: str) -> TypeGuard[Tensor]:
         isinstance(value, Tensor)
         and (value.shape, value.dtype, value.layout) == (param.shape, MASTERS[key], param.layout)
         and (param.is_meta or not value.is_meta)
+        and wrapped_alike(part(value), part(param))
     )
 
 
@@ -432,7 +434,7 @@ def _laid_out_copy(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
 
 def may_read(tensor: Tensor) -> bool:
     """Whether torch's own operations may read a tensor: they die of one whose storage was freed or cut short."""
-    if is_nested(tensor):
+    if is_nested(tensor) or has_leaked(tensor):
         return False
     try:
         return tensor.is_meta or tensor.layout != torch.strided or _within_storage(tensor)
@@ -444,6 +446,19 @@ def is_nested(tensor: Tensor) -> bool:
     """Whether this is a nested tensor of torch's core, or the data of one of its subclass, put into a plain tensor by
     hand: of that, torch's operations die."""
     return tensor.is_nested and tensor.layout == torch.strided
+
+
+def has_leaked(tensor: Tensor) -> bool:
+    """Whether it belongs to a functorch transform that has ended: nothing can be done with it."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) and functorch.peek_interpreter_stack() is None
+
+
+def wrapped_alike(tensor: Tensor, param: Tensor) -> bool:
+    """Whether both are seen by the same kind of functorch transform, or by none. Where one alone is, as after it has
+    leaked out of ``vmap``, torch's update fails halfway."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return wrapped(tensor) == wrapped(param)
 
 
 def may_write(tensor: Tensor) -> bool:

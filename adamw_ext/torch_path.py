@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import part
-from adamw_ext.state import MOMENTS, describe, is_moment, is_step, may_read, new_state, to_float
+from adamw_ext.state import MOMENTS, describe, is_moment, is_step, may_read, new_state, to_float, wrapped_alike
 
 
 def find_problem(param: Tensor) -> str | None:
@@ -32,6 +32,8 @@ def find_problem(param: Tensor) -> str | None:
             "Adam does not support sparse gradients, please consider SparseAdam instead; "
             f"its gradient has layout {grad.layout}"
         )
+    if not wrapped_alike(grad, param):
+        return "it, or its gradient alone, belongs to a functorch transform"
     if (grad.shape, grad.device) != (param.shape, param.device):
         return (
             f"its gradient must have shape {tuple(param.shape)} on {param.device}, "

@@ -313,6 +313,8 @@ def resize_storage(tensor: Tensor, size: int) -> None:
     """What is new lies beside the param, as far as its elements had been within its storage."""
     storage = tensor.untyped_storage()
     before = storage.nbytes()
+    if torch._C._is_cow_tensor(tensor):
+        raise RuntimeError("torch resizes it, and then dies of an assertion wherever it is written to")
     storage.resize_(size)
     if size > before:
         torch.empty(0, dtype=tensor.dtype).set_(storage)[before // tensor.itemsize :].fill_(GUARD)
@@ -325,7 +327,8 @@ def spoil_params(subject: Subject, random: Random) -> Undo:
     group = random.choice(groups)
     lists = [(each["params"], list(each["params"])) for each in groups]
     data, content = param.data, storage_bytes(param)
-    assert content is not None
+    if content is None:  # spoilt before
+        return lambda: None
 
     def restore() -> None:
         data.untyped_storage().resize_(content.numel())
@@ -340,20 +343,23 @@ def spoil_params(subject: Subject, random: Random) -> Undo:
         try:
             param.data = junk.spoil(data, random)
         except (RuntimeError, TypeError, junk.Planted):  # torch refuses to exchange a param for that
-            param.data = data.clone()
+            param.data = torch.ones(data.shape, dtype=data.dtype)
     elif kind == 3:
-        resize_storage(param, random.choice((0, content.numel() // 2, content.numel() + 64)))
+        with contextlib.suppress(RuntimeError):  # torch's refusals: of memory that is not its own, or shared lazily
+            resize_storage(param, random.choice((0, content.numel() // 2, content.numel() + 64)))
     elif kind == 4:
         strange = random.choice((junk.value(random), param, random.choice(subject.params), junk.spoil(data, random)))
         group["params"].insert(random.randrange(len(group["params"]) + 1), strange)
     elif kind == 5:
-        group["params"].insert(0, torch.nn.Parameter(random.choice((data, data.flatten()[:1], torch.ones(2)))))
+        views = () if junk.is_damaged(data) else (data, data.flatten()[:1])
+        group["params"].insert(0, torch.nn.Parameter(random.choice((*views, torch.ones(2)))))
         group["params"][0].grad = torch.ones_like(group["params"][0])
     elif kind == 6:
-        param.data = random.choice((random.choice(subject.params).data, param.grad, data.clone(), data.flatten()))
+        other = data.detach() if junk.is_damaged(data) else random.choice((data.clone(), data.flatten()))
+        param.data = random.choice((random.choice(subject.params).data, param.grad, other))
     else:
         param.requires_grad_(random.random() < 0.5)
-        if random.random() < 0.5:
+        if random.random() < 0.5 and group["params"]:
             group["params"].pop()
     return restore
 
