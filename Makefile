@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: demo demo-short demo-cluster test test-slow test-properties test-trainers test-packaging test-sanitized \
-	test-sanitized-address test-sanitized-thread test-cuda-build gpu-check fuzz mutation mutation-sample mutation-sanitized \
-	bench bench-all bench-modes bench-sharded long-run lint format clean
+	test-sanitized-address test-sanitized-thread test-cuda-build gpu-check fuzz mutation mutation-sample \
+	mutation-sanitized bench bench-all bench-modes bench-sharded long-run lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
