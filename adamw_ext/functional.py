@@ -49,6 +49,10 @@ def adamw(
     """
     if not isinstance(params, (list, tuple)):
         raise TypeError(f"params must be a list of tensors, but is {describe(params)}")
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
+    for name, tensors in {**lists, "max_exp_avg_sqs": max_exp_avg_sqs if amsgrad else []}.items():
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name} must be a list of tensors, but is {describe(tensors)}")
     elsewhere = [index for index, param in enumerate(params) if not _is_for_kernel(param, index)]
     if elsewhere and len(elsewhere) < len(params):
         raise RuntimeError(
@@ -61,8 +65,7 @@ def adamw(
         if to_float(value) is None:
             raise TypeError(f"{name} must be a number, but is {describe(value)}")
     if differentiable or elsewhere:
-        named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
-        _check_for_torch(params, {**named, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else named)
+        _check_for_torch(params, {**lists, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else lists)
         supported = _get_capturable_supported_devices()
         if capturable and not torch.compiler.is_compiling() and any(p.device.type not in supported for p in params):
             raise RuntimeError(f"capturable=True is for params on {', '.join(supported)}")
@@ -94,15 +97,15 @@ def adamw(
     if sharded:
         pairs = enumerate(zip(params, grads, strict=True))
         grads = [part(placed_grad(param, grad, f"params[{i}]")) for i, (param, grad) in pairs]
-        lists = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = ([part(tensor) for tensor in tensors] for tensors in lists)
+        together = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else [])
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = ([part(tensor) for tensor in each] for each in together)
     operator = torch.ops.adamw_ext.adamw_
     (operator.tensor_lr if isinstance(lr, Tensor) else operator.default)(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
-        max_exp_avg_sqs,
+        max_exp_avg_sqs if amsgrad else [],
         state_steps,
         grad_scale,
         found_inf,

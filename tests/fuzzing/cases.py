@@ -61,6 +61,7 @@ RAW = (
 TORCHS = (
     "Expected a value of type",
     "<torch.ScriptMethod object",
+    "<torch.ScriptClassFunction object",
     "dispatch_on_subclass called with NO overloaded args",
 )
 
@@ -243,6 +244,8 @@ def predict(optimizer: AdamW) -> list[tuple[Tensor, Textbook]]:
     predicted: list[tuple[Tensor, Textbook]] = []
     groups = optimizer.param_groups
     if any(group.get("max_grad_norm") is not None for group in groups):
+        return []
+    if any(getattr(optimizer, key, None) is not None for key in ("grad_scale", "found_inf")):
         return []
     seen: set[int] = set()
     for group in groups:

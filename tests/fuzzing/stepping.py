@@ -331,7 +331,8 @@ def spoil_params(subject: Subject, random: Random) -> Undo:
         return lambda: None
 
     def restore() -> None:
-        data.untyped_storage().resize_(content.numel())
+        if data.untyped_storage().nbytes() != content.numel():
+            data.untyped_storage().resize_(content.numel())
         torch.empty(0, dtype=torch.uint8).set_(data.untyped_storage()).copy_(content)
         param.data = data
         param.requires_grad_(True)
