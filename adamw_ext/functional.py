@@ -6,7 +6,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import is_sharded, part, placed_grad
-from adamw_ext.state import describe, is_step, may_read, runs_in_kernel, to_float, wrapped_alike
+from adamw_ext.state import describe, is_step, may_go_into, may_read, runs_in_kernel, to_float
 
 
 def adamw(
@@ -132,7 +132,10 @@ def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> No
             fits = (tensor.shape, tensor.dtype, tensor.device) == (param.shape, param.dtype, param.device)
             if name == "state_steps":
                 fits = tensor.numel() == 1 and is_step(part(tensor), part(param))
-            if not fits or tensor.layout != torch.strided or not wrapped_alike(part(tensor), part(param)):
+            fits = fits and may_go_into(part(tensor), part(param))
+            if "exp_avg" in name:
+                fits = fits and may_go_into(part(lists["grads"][index]), part(tensor))
+            if not fits or tensor.layout != torch.strided:
                 raise ValueError(f"{name}[{index}] does not fit {describe(param)}: it is {describe(tensor)}")
 
 

@@ -384,7 +384,7 @@ def is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
         and value.is_complex() == param.is_complex()
         and (value.is_floating_point() or value.is_complex())
         and (param.is_meta or not value.is_meta)
-        and wrapped_alike(part(value), part(param))
+        and may_go_into(part(value), part(param))
     )
 
 
@@ -393,7 +393,7 @@ def is_master(value: Any, param: Tensor, key: str) -> TypeGuard[Tensor]:
         isinstance(value, Tensor)
         and (value.shape, value.dtype, value.layout) == (param.shape, MASTERS[key], param.layout)
         and (param.is_meta or not value.is_meta)
-        and wrapped_alike(part(value), part(param))
+        and may_go_into(part(value), part(param))
     )
 
 
@@ -454,11 +454,11 @@ def has_leaked(tensor: Tensor) -> bool:
     return functorch.is_functorch_wrapped_tensor(tensor) and functorch.peek_interpreter_stack() is None
 
 
-def wrapped_alike(tensor: Tensor, param: Tensor) -> bool:
-    """Whether both are seen by the same kind of functorch transform, or by none. Where one alone is, as after it has
-    leaked out of ``vmap``, torch's update fails halfway."""
+def may_go_into(value: Tensor, tensor: Tensor) -> bool:
+    """Whether functorch can write what is made of a value into a tensor: not where the value alone belongs to one of
+    its transforms. torch's update would fail halfway."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    return wrapped(tensor) == wrapped(param)
+    return wrapped(tensor) or not wrapped(value)
 
 
 def may_write(tensor: Tensor) -> bool:

@@ -281,6 +281,29 @@ def test_a_differentiable_group_with_what_has_leaked_out_of_vmap_is_refused_as_a
     assert_same_bits([param.detach() for param in params], before[:2], "a refused step")
 
 
+@pytest.mark.parametrize("batched_grad", [False, True])
+def test_the_functional_form_within_vmap_updates_each_of_the_batch(batched_grad):
+    params, grad, hyper = (
+        torch.rand(4, 3),
+        torch.rand(3),
+        dict(beta1=0.9, beta2=0.99, lr=0.1, weight_decay=0.1, eps=1e-8),
+    )
+    hyper.update(amsgrad=False, maximize=False)
+
+    def update(param, grad):
+        moments = [torch.zeros_like(param) for _ in range(2)]
+        functional.adamw(
+            [param], [grad], [moments[0]], [moments[1]], [], [torch.ones(())], **hyper, differentiable=True
+        )
+        return param
+
+    made = torch.vmap(update, in_dims=(0, 0 if batched_grad else None))(
+        params.clone(), torch.stack([grad] * 4) if batched_grad else grad
+    )
+    expected = torch.stack([update(param.clone(), grad) for param in params])
+    torch.testing.assert_close(made, expected, rtol=1e-6, atol=0)
+
+
 # --- State that is no state ------------------------------------------------------------------------------------------
 
 
