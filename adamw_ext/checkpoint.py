@@ -347,6 +347,10 @@ def _check_items(param: Tensor, name: str, items: dict[str, Any], *, amsgrad: bo
         if not is_moment(items.get(key), param):
             expected = f"{describe(param)} (of any floating point precision and device)"
             raise _error(_LOADED, key, where, expected, _found(items, key))
+    for key in (*MOMENTS, "master_param"):
+        value = items.get(key)
+        if isinstance(value, Tensor) and not may_read(part(value)):
+            raise _error(_LOADED, key, where, "readable", "without memory: its storage was freed or resized")
     takes_master = param.is_floating_point() and is_master(items.get("master_param"), param, "master_param")
     if "master_param" in items and not takes_master:
         expected = f"a torch.float32 tensor of shape {tuple(param.shape)} beside a real param"

@@ -185,6 +185,16 @@ def test_a_cyclic_list_is_shown():
     assert "..." in show(cyclic)
 
 
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "master_param"])
+def test_an_import_refuses_freed_state(key):
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = AdamW(params, master_weights="fp32")
+    optimizer.init_state()
+    exported = checkpoint.export_float32(optimizer)
+    exported["state"][1][key] = freed((3,))
+    refused_in_child(lambda: checkpoint.import_float32(optimizer, exported), f"'{key}' of .* freed")
+
+
 # --- The data of a nested tensor, in a plain one ---------------------------------------------------------------------
 
 
