@@ -260,7 +260,7 @@ def predict(optimizer: AdamW) -> list[tuple[Tensor, Textbook]]:
             seen.add(id(param))
             if usable and is_readable(param) and param.dtype in (torch.float32, torch.float64):
                 book = Textbook([param], **plain, betas=tuple(betas), amsgrad=flags[0], maximize=flags[1])
-                if advance(book, param, optimizer.state.get(param)):
+                if advance(book, param, dict.get(optimizer.state, param)):
                     predicted.append((param, book))
     return predicted
 
