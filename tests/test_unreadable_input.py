@@ -291,6 +291,7 @@ def test_a_differentiable_group_with_what_has_leaked_out_of_vmap_is_refused_as_a
     assert_same_bits([param.detach() for param in params], before[:2], "a refused step")
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch, about vmap
 @pytest.mark.parametrize("batched_grad", [False, True])
 def test_the_functional_form_within_vmap_updates_each_of_the_batch(batched_grad):
     params, grad, hyper = (
