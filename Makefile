@@ -5,8 +5,8 @@ BIN    := $(VENV)/bin
 TORCH  := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 
 .PHONY: demo demo-short demo-cluster test test-slow test-properties test-trainers test-packaging test-sanitized \
-	test-sanitized-address test-sanitized-thread test-cuda-build gpu-check mutation mutation-sample mutation-sanitized \
-	bench bench-all bench-modes bench-sharded long-run limits lint format clean
+	test-sanitized-address test-sanitized-thread test-cuda-build gpu-check fuzz mutation mutation-sample \
+	mutation-sanitized bench bench-all bench-modes bench-sharded long-run limits lint format clean
 
 # torch first and pinned, so that nothing that follows resolves another one.
 $(VENV)/installed: pyproject.toml setup.py $(wildcard csrc/*/*)
@@ -108,6 +108,10 @@ test-sanitized-address test-sanitized-thread: test-sanitized-%: $(VENV)/installe
 # On demand: the same, and seeded faults that the sanitizers must report.
 mutation-sanitized: $(VENV)/installed
 	$(BIN)/python -m tests.sanitized_mutation
+
+# Bad input at random for ten minutes, at every entrance; counts and findings go into benchmarks/results.
+fuzz: $(VENV)/installed
+	$(BIN)/python -m tests.fuzzing --seconds 600 --out benchmarks/results
 
 # On a machine with an NVIDIA GPU, with $(PYTHON)'s own torch and pytest and a CUDA toolkit: nothing is installed.
 gpu-check:

@@ -219,6 +219,7 @@ def from_transformer_engine(state_dict: dict[str, Any], params: Iterable[Tensor]
     numbers = [number for group in converted["param_groups"] for number in group["params"]]
     _check_count(_TRANSFORMER_ENGINE.source, "params", " of all groups", numbers, params)
     for param, number in zip(params, numbers, strict=True):
+        where = f" of param {describe(number)}"
         items = converted["state"].get(number, {})
         master = items.get("master_param")
         if master is None:
@@ -226,7 +227,7 @@ def from_transformer_engine(state_dict: dict[str, Any], params: Iterable[Tensor]
         if master.dtype == torch.int16:
             if param.dtype != torch.bfloat16 or param.shape != master.shape:
                 expected, found = f"of a torch.bfloat16 param of shape {tuple(master.shape)}", f"of {describe(param)}"
-                raise _error(_TRANSFORMER_ENGINE.source, "master_param", f" of param {number}", expected, found)
+                raise _error(_TRANSFORMER_ENGINE.source, "master_param", where, expected, found)
             items["master_param"] = _C.join_master(param, master)
         elif param.dtype not in (torch.bfloat16, torch.float16):
             del items["master_param"]
@@ -259,7 +260,7 @@ def _converted(layout: _Layout, state_dict: dict[str, Any]) -> dict[str, Any]:
     converted = {}
     for number, items in state.items():
         if number not in owners:
-            raise _error(layout.source, "state", "", "of params in a group", f"of param {number!r}, in none")
+            raise _error(layout.source, "state", "", "of params in a group", f"of param {describe(number)}, in none")
         if items:
             counter = owners[number] if layout.step_in_group else items
             converted[number] = _converted_items(layout, number, items, counter)
@@ -268,7 +269,7 @@ def _converted(layout: _Layout, state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _converted_items(layout: _Layout, number: Any, items: dict[str, Any], counter: dict[str, Any]) -> dict[str, Any]:
     """One param's state; ``counter`` has its ``step``."""
-    where = f" of param {number}"
+    where = f" of param {describe(number)}"
     if not is_step(counter.get("step"), torch.empty(0)):
         raise _error(layout.source, "step", where, "a whole number of updates", _found(counter, "step"))
     converted = {"step": torch.tensor(float(counter["step"]), dtype=torch.float32)}
@@ -302,6 +303,10 @@ def _widened(param: Tensor, group: dict[str, Any], items: dict[str, Any]) -> dic
             raise ValueError(f"{key!r} of a param of shape {tuple(param.shape)} has no memory: it was freed or resized")
     for key, value in parts(items).items():
         if key == "step":
+            if to_float(value) is None:
+                raise ValueError(
+                    f"'step' of a param of shape {tuple(param.shape)} must be a number, but is {describe(value)}"
+                )
             widened[key] = torch.tensor(float(value), dtype=torch.float32)
         elif key in MOMENTS:
             widened[key] = value.detach().to("cpu", _WIDER.get(value.dtype, value.dtype), copy=True)
@@ -342,6 +347,10 @@ def _check_items(param: Tensor, name: str, items: dict[str, Any], *, amsgrad: bo
         if not is_moment(items.get(key), param):
             expected = f"{describe(param)} (of any floating point precision and device)"
             raise _error(_LOADED, key, where, expected, _found(items, key))
+    for key in (*MOMENTS, "master_param"):
+        value = items.get(key)
+        if isinstance(value, Tensor) and not may_read(part(value)):
+            raise _error(_LOADED, key, where, "readable", "without memory: its storage was freed or resized")
     takes_master = param.is_floating_point() and is_master(items.get("master_param"), param, "master_param")
     if "master_param" in items and not takes_master:
         expected = f"a torch.float32 tensor of shape {tuple(param.shape)} beside a real param"
@@ -365,7 +374,7 @@ def _check_hyperparameters(source: str, index: int, group: dict[str, Any]) -> No
 def _parts(source: str, state_dict: Any) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """The state and the groups of a state dict that has the shape of one."""
     if not isinstance(state_dict, dict):
-        raise ValueError(f"{source}: must be a dict with 'state' and 'param_groups', but is {state_dict!r}")
+        raise ValueError(f"{source}: must be a dict with 'state' and 'param_groups', but is {describe(state_dict)}")
     state, groups = state_dict.get("state"), state_dict.get("param_groups")
     if not isinstance(state, dict):
         raise _error(source, "state", "", "a dict", _found(state_dict, "state"))
@@ -373,7 +382,7 @@ def _parts(source: str, state_dict: Any) -> tuple[dict[Any, Any], list[dict[str,
         raise _error(source, "param_groups", "", "a list of dicts", _found(state_dict, "param_groups"))
     for number, items in state.items():
         if not isinstance(items, dict):
-            raise _error(source, "state", f" of param {number}", "a dict", describe(items))
+            raise _error(source, "state", f" of param {describe(number)}", "a dict", describe(items))
     for index, group in enumerate(groups):
         if not isinstance(group, dict) or not isinstance(group.get("params"), list):
             raise _error(source, "params", f" of group {index}", "a list of numbers", _found(group, "params"))
@@ -391,10 +400,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _error(source: str, key: str, where: str, expected: str, found: str) -> ValueError:
-    return ValueError(f"{source}: {key!r}{where} must be {expected}, but is {found}")
+    return ValueError(f"{source}: {describe(key)}{where} must be {expected}, but is {found}")
 
 
 def _found(items: Any, key: str) -> str:
     if not isinstance(items, dict):
         return f"in {describe(items)}"
-    return describe(items[key]) if key in items else f"missing: there are {', '.join(map(repr, items))}"
+    return describe(items[key]) if key in items else f"missing: there are {', '.join(map(describe, items))}"

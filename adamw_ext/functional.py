@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import is_sharded, part, placed_grad
-from adamw_ext.state import describe, is_step, may_read, runs_in_kernel, to_float
+from adamw_ext.state import describe, is_step, may_go_into, may_read, runs_in_kernel, to_float
 
 
 def adamw(
@@ -47,7 +48,11 @@ def adamw(
         RuntimeError, ValueError: before anything has changed, naming the list and index.
     """
     if not isinstance(params, (list, tuple)):
-        raise TypeError(f"params must be a list of tensors, but is {params!r}")
+        raise TypeError(f"params must be a list of tensors, but is {describe(params)}")
+    lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
+    for name, tensors in {**lists, "max_exp_avg_sqs": max_exp_avg_sqs if amsgrad else []}.items():
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name} must be a list of tensors, but is {describe(tensors)}")
     elsewhere = [index for index, param in enumerate(params) if not _is_for_kernel(param, index)]
     if elsewhere and len(elsewhere) < len(params):
         raise RuntimeError(
@@ -60,8 +65,10 @@ def adamw(
         if to_float(value) is None:
             raise TypeError(f"{name} must be a number, but is {describe(value)}")
     if differentiable or elsewhere:
-        named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
-        _check_for_torch(params, {**named, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else named)
+        _check_for_torch(params, {**lists, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else lists)
+        supported = _get_capturable_supported_devices()
+        if capturable and not torch.compiler.is_compiling() and any(p.device.type not in supported for p in params):
+            raise RuntimeError(f"capturable=True is for params on {', '.join(supported)}")
         torch_adamw(
             params,
             grads,
@@ -90,15 +97,15 @@ def adamw(
     if sharded:
         pairs = enumerate(zip(params, grads, strict=True))
         grads = [part(placed_grad(param, grad, f"params[{i}]")) for i, (param, grad) in pairs]
-        lists = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = ([part(tensor) for tensor in tensors] for tensors in lists)
+        together = (params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else [])
+        params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = ([part(tensor) for tensor in each] for each in together)
     operator = torch.ops.adamw_ext.adamw_
     (operator.tensor_lr if isinstance(lr, Tensor) else operator.default)(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
-        max_exp_avg_sqs,
+        max_exp_avg_sqs if amsgrad else [],
         state_steps,
         grad_scale,
         found_inf,
@@ -118,25 +125,28 @@ def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> No
     """Raise ValueError where torch's functional AdamW would fail after the first writes."""
     for name, tensors in lists.items():
         if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params):
-            raise ValueError(f"{name} must be a list of {len(params)} tensors, as params, but is {tensors!r}")
+            raise ValueError(f"{name} must be a list of {len(params)} tensors, as params, but is {describe(tensors)}")
         for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if not isinstance(tensor, Tensor) or not may_read(part(tensor)) or not may_read(part(param)):
                 raise ValueError(f"{name}[{index}] must be a tensor with memory, but is {describe_kind(tensor)}")
             fits = (tensor.shape, tensor.dtype, tensor.device) == (param.shape, param.dtype, param.device)
             if name == "state_steps":
                 fits = tensor.numel() == 1 and is_step(part(tensor), part(param))
+            fits = fits and may_go_into(part(tensor), part(param))
+            if "exp_avg" in name:
+                fits = fits and may_go_into(part(lists["grads"][index]), part(tensor))
             if not fits or tensor.layout != torch.strided:
                 raise ValueError(f"{name}[{index}] does not fit {describe(param)}: it is {describe(tensor)}")
 
 
 def describe_kind(value: object) -> str:
     """Without reading it."""
-    return f"one of shape {tuple(value.shape)} without" if isinstance(value, Tensor) else repr(value)
+    return f"one of shape {tuple(value.shape)} without" if isinstance(value, Tensor) else describe(value)
 
 
 def _is_for_kernel(param: Tensor, index: int) -> bool:
     if not isinstance(param, Tensor):
-        raise TypeError(f"params[{index}] must be a tensor, but is {param!r}")
+        raise TypeError(f"params[{index}] must be a tensor, but is {describe(param)}")
     if param.layout != torch.strided:
         raise RuntimeError(f"params[{index}] must be strided, but has layout {param.layout}")
     return runs_in_kernel(param)

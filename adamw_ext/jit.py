@@ -156,6 +156,8 @@ class FunctionalAdamW:
         """The param's state, or that of a first step."""
         if param in self.state:
             return self.state[param]
+        if param.is_nested:
+            raise RuntimeError("a nested tensor can have no state")
         state = {
             "step": torch.zeros((), dtype=torch.float32),
             "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),

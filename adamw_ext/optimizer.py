@@ -18,6 +18,7 @@ from adamw_ext.options import (
     check_flags,
     check_left_to_torch,
     check_options,
+    check_readable,
     check_ready_for_capture,
     filled,
     is_pair,
@@ -36,7 +37,9 @@ from adamw_ext.state import (
     Carried,
     StateLoad,
     carry_tensors,
+    check_is_state_dict,
     conform_state,
+    describe,
     drop_other_masters,
     misfits,
     new_state,
@@ -48,6 +51,8 @@ from adamw_ext.turns import take_turns
 
 if TYPE_CHECKING:
     from adamw_ext.compiled import Given
+
+_ABSENT: Any = object()  # in the place of the state of a param that has none
 
 # What a checkpoint may not change: how this optimizer is run, as opposed to what it computes.
 _IMPLEMENTATION_FLAGS = ("foreach", "capturable", "differentiable", "fused")
@@ -138,8 +143,9 @@ class AdamW(torch.optim.AdamW):
     ) -> None:
         given = (master_weights, moment_dtype, stochastic_rounding, seed, max_grad_norm)
         options = dict(zip(DEFAULTS, given, strict=True))
-        self._options = {key: value for key, value in options.items() if value != DEFAULTS[key]}
         check_options(options, "")
+        check_readable({"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._options = {key: value for key, value in options.items() if value != DEFAULTS[key]}
         self._make_tools()
         super().__init__(
             params,
@@ -357,7 +363,7 @@ class AdamW(torch.optim.AdamW):
     def _step_anew(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: "Given | None") -> None:
         """One step with a new stepper, which creates missing state and brings other state into form. On an error, the
         state is again what it was."""
-        before: list[tuple[Tensor, Any, dict[str, Any] | None]] = []  # (param, its state, a copy of that if it has any)
+        before: list[tuple[Tensor, Any, dict[str, Any] | None]] = []  # (param, its state, a copy of what changes)
         stepper = None
         try:
             stepper = self._make_stepper(before, given)
@@ -373,12 +379,13 @@ class AdamW(torch.optim.AdamW):
             self._stepper = None
             # An interrupt may come after the update.
             for param, state, items in before if stepper is None or not stepper.started else ():
-                if state is None:
+                if state is _ABSENT:
                     self.state.pop(param, None)
-                else:
+                    continue
+                if items is not None:
                     state.clear()
                     state.update(items)
-                    self.state[param] = state
+                self.state[param] = state
             raise
 
     def _make_stepper(
@@ -403,7 +410,7 @@ class AdamW(torch.optim.AdamW):
                     continue
                 state = self.state.get(param)
                 if not isinstance(state, (dict, NoneType)):
-                    raise TypeError(f"state of {name} must be a dict, but is {state!r}")
+                    raise TypeError(f"state of {name} must be a dict, but is {describe(state)}")
                 has_grad = (param.grad if given is None else given.grads[number]) is not None
                 target = param if given is None else given.stand_ins.get(number, param)
                 if capturing and param.is_cuda and has_grad:
@@ -413,7 +420,7 @@ class AdamW(torch.optim.AdamW):
                         before.append((param, state, dict(state)))
                         conform_state(target, state, group)
                 elif not state and has_grad:
-                    before.append((param, state, state))
+                    before.append((param, self.state.get(param, _ABSENT), None))
                     state = self.state[param] = new_state(target, group)
                 is_left_out = capturing and not has_grad  # its state may still have to be converted
                 first, places = elements_of(param, name) if group.get("stochastic_rounding") else (0, None)
@@ -457,6 +464,7 @@ class AdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _finish_load(self, incoming: dict[str, Any]) -> None:
         """Turn what torch's load_state_dict is about to install into what this class keeps."""
+        check_is_state_dict(incoming)
         groups: list[dict[str, Any]] = incoming["param_groups"]
         for current, loaded in zip(self.param_groups, groups, strict=True):
             for flag in _IMPLEMENTATION_FLAGS:

@@ -7,7 +7,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from adamw_ext.state import describe, misfits, to_float
+from adamw_ext.messages import show
+from adamw_ext.state import describe, may_read, misfits, to_float
 
 STORAGE_OPTIONS = ("master_weights", "moment_dtype", "stochastic_rounding")
 
@@ -69,7 +70,15 @@ def check_options(options: dict[str, Any], where: str) -> None:
     }
     for key, (is_usable, wanted) in expected.items():
         if not is_usable:
-            raise ValueError(f"{key} must be {wanted}, but is {options[key]!r}{where}")
+            raise ValueError(f"{key} must be {wanted}, but is {describe(options[key])}{where}")
+
+
+def check_readable(hyperparameters: dict[str, Any]) -> None:
+    """Raise ValueError where torch's constructor would read a tensor whose memory is gone."""
+    for key, value in hyperparameters.items():
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(number, Tensor) and not may_read(number):
+                raise ValueError(f"{key} has no memory: its storage was freed or resized")
 
 
 def is_norm(value: Any) -> bool:
@@ -88,8 +97,10 @@ def check_left_to_torch(group: dict[str, Any], param: Tensor, name: Callable[[],
     """Raise RuntimeError if a param that torch updates is in a group with options that torch does not have."""
     for key in STORAGE_OPTIONS:
         value = group.get(key, DEFAULTS[key])
-        if value != DEFAULTS[key] and value != param.dtype:
-            raise RuntimeError(f"{key}={value!r} needs the hand-written kernel, but {name()} is updated by torch")
+        if isinstance(value, Tensor) or (value != DEFAULTS[key] and value != param.dtype):
+            raise RuntimeError(
+                f"{key}={describe(value)} needs the hand-written kernel, but {name()} is updated by torch"
+            )
 
 
 def check_flags(group: dict[str, Any], index: int) -> None:
@@ -100,7 +111,7 @@ def check_flags(group: dict[str, Any], index: int) -> None:
         try:
             bool(group[key])
         except (RuntimeError, ValueError, TypeError) as error:
-            raise TypeError(f"param group {index}: {key} must be a bool, but is {group[key]!r}") from error
+            raise TypeError(f"param group {index}: {key} must be a bool, but is {describe(group[key])}") from error
 
 
 def check_ready_for_capture(param: Tensor, state: dict[str, Any] | None, group: dict[str, Any], name: str) -> None:
@@ -119,4 +130,4 @@ def param_name(group: dict[str, Any], index: int, position: int) -> str:
     """How messages call a param: by its name where the user gave names, else by its place."""
     names = group.get("param_names")
     where = f"group {index}, index {position}"
-    return f"param {names[position]!r} ({where})" if names and position < len(names) else f"param ({where})"
+    return f"param {show(names[position])} ({where})" if names and position < len(names) else f"param ({where})"

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adamw_ext import _C
+from adamw_ext.messages import show
 from adamw_ext.sharded import describe as describe_sharded
 from adamw_ext.sharded import is_sharded, like, narrowed, part, part_of_loaded, parts
 
@@ -36,12 +37,15 @@ def runs_in_kernel(param: Tensor) -> bool:
         param.device.type in _KERNEL_DEVICES
         and param.layout == torch.strided
         and not param.is_quantized
+        and not param.is_nested
         and not torch._C._dispatch_keys(param).has(torch._C.DispatchKey.Python)
     )
 
 
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """Zeros, in the param's own memory layout, and placed as it is."""
+    if is_nested(param):
+        raise RuntimeError("a nested tensor can have no state")
     dtype = wanted_moment_dtype(param, group) or param.dtype
     own = part(param)
     made = {
@@ -65,7 +69,7 @@ def wanted_master(param: Tensor, group: dict[str, Any]) -> str | None:
     if mode is None or param.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
         return None
     if mode not in ("fp32", "split"):
-        raise ValueError(f"master_weights must be 'fp32', 'split' or None, but is {mode!r}")
+        raise ValueError(f"master_weights must be 'fp32', 'split' or None, but is {describe(mode)}")
     takes = (torch.bfloat16, torch.float16) if mode == "fp32" else (torch.bfloat16,)
     if param.dtype in takes and runs_in_kernel(param):
         return _MASTER_KEYS[mode]
@@ -97,7 +101,7 @@ def wanted_moment_dtype(param: Tensor, group: dict[str, Any]) -> torch.dtype | N
     if dtype == param.dtype or (runs_in_kernel(param) and (param.dtype, dtype) in _COMBINATIONS):
         return dtype
     raise ValueError(
-        f"moment_dtype={wanted} has no kernel for a {param.dtype} param on {param.device} "
+        f"moment_dtype={describe(wanted)} has no kernel for a {param.dtype} param on {param.device} "
         f"of type {torch.typename(param)}"
     )
 
@@ -172,7 +176,7 @@ def carry_tensors(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str,
 def check_is_state_dict(state_dict: Any) -> None:
     state = state_dict.get("state") if isinstance(state_dict, dict) else None
     if not isinstance(state, dict):
-        found = describe(state_dict) if not isinstance(state_dict, dict) else f"one with {list(state_dict)}"
+        found = describe(state_dict) if not isinstance(state_dict, dict) else f"one with {show(list(state_dict))}"
         raise ValueError(f"a state dict must be a dict with a dict 'state', but is {found}")
     groups = state_dict.get("param_groups")
     if not isinstance(groups, (list, tuple)):
@@ -380,6 +384,7 @@ def is_moment(value: Any, param: Tensor) -> TypeGuard[Tensor]:
         and value.is_complex() == param.is_complex()
         and (value.is_floating_point() or value.is_complex())
         and (param.is_meta or not value.is_meta)
+        and may_go_into(part(value), part(param))
     )
 
 
@@ -388,12 +393,15 @@ def is_master(value: Any, param: Tensor, key: str) -> TypeGuard[Tensor]:
         isinstance(value, Tensor)
         and (value.shape, value.dtype, value.layout) == (param.shape, MASTERS[key], param.layout)
         and (param.is_meta or not value.is_meta)
+        and may_go_into(part(value), part(param))
     )
 
 
 def describe(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return repr(value)
+        return show(value)
+    if is_nested(value):
+        return f"a nested {value.dtype} tensor"
     if is_sharded(value):
         return describe_sharded(value)
     layout = "" if value.layout == torch.strided else f" and layout {value.layout}"
@@ -426,10 +434,31 @@ def _laid_out_copy(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
 
 def may_read(tensor: Tensor) -> bool:
     """Whether torch's own operations may read a tensor: they die of one whose storage was freed or cut short."""
+    if is_nested(tensor) or has_leaked(tensor):
+        return False
     try:
         return tensor.is_meta or tensor.layout != torch.strided or _within_storage(tensor)
     except (RuntimeError, NotImplementedError):  # a subclass that wraps others has none of its own
         return True
+
+
+def is_nested(tensor: Tensor) -> bool:
+    """Whether this is a nested tensor of torch's core, or the data of one of its subclass, put into a plain tensor by
+    hand: of that, torch's operations die."""
+    return tensor.is_nested and tensor.layout == torch.strided
+
+
+def has_leaked(tensor: Tensor) -> bool:
+    """Whether it belongs to a functorch transform that has ended: nothing can be done with it."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) and functorch.peek_interpreter_stack() is None
+
+
+def may_go_into(value: Tensor, tensor: Tensor) -> bool:
+    """Whether functorch can write what is made of a value into a tensor: not where the value alone belongs to one of
+    its transforms. torch's update would fail halfway."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return wrapped(tensor) or not wrapped(value)
 
 
 def may_write(tensor: Tensor) -> bool:

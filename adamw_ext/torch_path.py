@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import part
-from adamw_ext.state import MOMENTS, describe, is_moment, is_step, may_read, new_state, to_float
+from adamw_ext.state import MOMENTS, describe, is_moment, is_step, may_go_into, may_read, new_state, to_float
 
 
 def find_problem(param: Tensor) -> str | None:
@@ -20,6 +20,8 @@ def find_problem(param: Tensor) -> str | None:
     param, grad = part(param), part(param.grad)
     if grad is None:
         return None
+    if param.is_nested or grad.is_nested:
+        return "it or its gradient is a nested tensor"
     if param.layout != torch.strided or param.is_quantized or not (param.is_floating_point() or param.is_complex()):
         return (
             "it must be a strided tensor of a floating point or complex dtype, "
@@ -30,6 +32,8 @@ def find_problem(param: Tensor) -> str | None:
             "Adam does not support sparse gradients, please consider SparseAdam instead; "
             f"its gradient has layout {grad.layout}"
         )
+    if not may_go_into(grad, param):
+        return "its gradient alone belongs to a functorch transform"
     if (grad.shape, grad.device) != (param.shape, param.device):
         return (
             f"its gradient must have shape {tuple(param.shape)} on {param.device}, "
@@ -82,6 +86,8 @@ def find_state_problem(param: Tensor, state: Any, group: dict[str, Any]) -> str 
         moment = part(state.get(key))
         if not is_moment(moment, part(param)) or moment.device != param.device or not may_read(moment):
             return f"its state {key!r} must be a tensor as the param, but is {describe(state.get(key))}"
+        if not may_go_into(part(param.grad), moment):
+            return f"its gradient belongs to a functorch transform, but its state {key!r} does not"
     return None
 
 

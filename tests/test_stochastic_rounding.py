@@ -675,7 +675,7 @@ def test_a_group_that_torch_updates_is_refused_and_nothing_changes() -> None:
         ({"seed": 1.0}, r"seed must be an int in \[0, 2\*\*64\), but is 1\.0"),
         ({"seed": True}, r"seed must be an int in \[0, 2\*\*64\), but is True"),
         ({"seed": None}, r"seed must be an int in \[0, 2\*\*64\), but is None"),
-        ({"seed": torch.tensor(1)}, r"seed must be an int in \[0, 2\*\*64\), but is tensor"),
+        ({"seed": torch.tensor(1)}, r"seed must be an int in \[0, 2\*\*64\), but is a torch.int64 tensor"),
     ],
 )
 def test_other_values_are_refused(options: dict[str, Any], message: str) -> None:

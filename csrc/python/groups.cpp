@@ -22,12 +22,6 @@ const Keys& keys() {
   return *interned;
 }
 
-// How messages show a value. A tensor's numbers are not read: they may be the trouble.
-std::string show(py::handle value) {
-  return is_tensor(value.ptr()) ? "a tensor with " + describe(*unpack(value.ptr()).unsafeGetTensorImpl())
-                                : std::string(py::repr(value));
-}
-
 py::type_error refusal(std::size_t index, const std::string& key, const char* expected, py::handle found) {
   PyErr_Clear();
   return py::type_error("param group " + std::to_string(index) + ": " + key + " must be " + expected + ", but is " +

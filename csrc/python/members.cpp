@@ -72,7 +72,12 @@ std::vector<Member> to_members(const py::tuple& tuples, const std::vector<Flags>
   find_dtensor_class();
   std::vector<Member> members;
   members.reserve(tuples.size());
-  for (const py::handle item : tuples) members.push_back(to_member(item.cast<py::tuple>(), flags));
+  for (const py::handle item : tuples) {
+    members.push_back(to_member(item.cast<py::tuple>(), flags));
+    if (static_cast<std::size_t>(members.back().sum) > tuples.size()) {
+      throw py::value_error("a member's sum must be one of as many as there are members");
+    }
+  }
   return members;
 }
 

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/autograd/python_variable.h>
 
+#include "../torch/memory.h"
 #include "dtensor.h"
 
 namespace py = pybind11;
@@ -13,9 +14,14 @@ PyObject* wrap(const at::Tensor& tensor) { return THPVariable_Wrap(tensor); }
 
 bool is_tensor(PyObject* object) { return THPVariable_Check(object); }
 
+std::string show(py::handle value) {
+  if (is_tensor(value.ptr())) return "a tensor with " + describe(*unpack(value.ptr()).unsafeGetTensorImpl());
+  return py::module_::import("adamw_ext.messages").attr("show")(value).cast<std::string>();
+}
+
 const at::Tensor& to_tensor(py::handle object, const std::string& name) {
   if (is_tensor(object.ptr())) return unpack(object.ptr());
-  throw py::type_error(name + " must be a tensor, but is " + std::string(py::repr(object)));
+  throw py::type_error(name + " must be a tensor, but is " + show(object));
 }
 
 const at::Tensor& to_part(py::handle object, const std::string& name) {

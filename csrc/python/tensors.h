@@ -14,6 +14,9 @@ const at::Tensor& unpack(PyObject* tensor);
 bool is_tensor(PyObject* object);
 PyObject* wrap(const at::Tensor& tensor);  // a new reference
 
+// How messages show a value. A tensor's numbers are not read, wherever it is: they may be the trouble.
+std::string show(pybind11::handle value);
+
 // These throw a TypeError that begins with `name` where the object is no tensor.
 const at::Tensor& to_tensor(pybind11::handle object, const std::string& name);
 at::Tensor to_optional_tensor(pybind11::handle object, const char* name);  // None: undefined

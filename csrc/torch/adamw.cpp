@@ -136,8 +136,8 @@ struct AdamW::Impl {
     for (std::size_t i = 0; i < added.size(); ++i) {
       const std::string name = name_of(groups.size(), i);
       TORCH_CHECK(added[i].defined(), name, " is undefined");
-      TORCH_CHECK(storage_dtype(added[i].scalar_type()), name, " must have a floating point or complex dtype, but has ",
-                  describe(*added[i].unsafeGetTensorImpl()));
+      TORCH_CHECK(storage_dtype(added[i].scalar_type()) && has_sizes(*added[i].unsafeGetTensorImpl()), name,
+                  " must have a floating point or complex dtype, but has ", describe(*added[i].unsafeGetTensorImpl()));
       TORCH_CHECK_VALUE(added[i].is_leaf() || added[i].retains_grad(), "can't optimize a non-leaf Tensor: ", name);
       TORCH_CHECK_VALUE(known.insert(added[i].unsafeGetTensorImpl()).second,
                         "some parameters appear in more than one parameter group, or twice in one: ", name);

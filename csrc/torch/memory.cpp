@@ -75,7 +75,9 @@ void check_has_memory(const at::Tensor& made, const std::string& what) {
 }
 
 bool holds_number(const at::Tensor& tensor) {
-  if (tensor.numel() != 1 || tensor.is_meta() || tensor.layout() != c10::kStrided) return false;
+  if (!has_sizes(*tensor.unsafeGetTensorImpl()) || tensor.numel() != 1 || tensor.is_meta() ||
+      tensor.layout() != c10::kStrided)
+    return false;
   return !is_plain(*tensor.unsafeGetTensorImpl()) || run_within_storage(*tensor.unsafeGetTensorImpl());
 }
 
@@ -110,7 +112,12 @@ std::string dtype_name(c10::ScalarType dtype) {
 
 std::string describe(const c10::TensorImpl& tensor) {
   std::ostringstream text;
-  text << "shape " << tensor.sizes() << ", " << dtype_name(tensor.dtype().toScalarType()) << ", on " << tensor.device();
+  if (has_sizes(tensor)) {
+    text << "shape " << tensor.sizes();
+  } else {
+    text << (tensor.is_nested() ? "nested" : "symbolic") << " sizes";
+  }
+  text << ", " << dtype_name(tensor.dtype().toScalarType()) << ", on " << tensor.device();
   if (tensor.layout() != c10::kStrided) text << ", layout " << tensor.layout();
   return text.str();
 }

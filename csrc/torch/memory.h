@@ -58,6 +58,12 @@ inline bool is_plain(const c10::TensorImpl& tensor) {
          tensor.has_storage();
 }
 
+// Whether sizes and strides are numbers, which those of nested and of traced tensors are not. A tensor of Python can be
+// given the data of such a one, and passes for strided.
+inline bool has_sizes(const c10::TensorImpl& tensor) {
+  return !tensor.is_nested() && !tensor.has_symbolic_sizes_strides();
+}
+
 // Plain, and its elements fill a range of memory without gaps or overlap.
 bool is_dense(const c10::TensorImpl& tensor);
 

@@ -81,6 +81,8 @@ Master master_of(const AdamWOptions& options) {
 }
 
 ParamState new_state(const at::Tensor& param, const AdamWOptions& options, const std::string& name) {
+  TORCH_CHECK(has_sizes(*param.unsafeGetTensorImpl()), name, " can have no state: it has ",
+              describe(*param.unsafeGetTensorImpl()));
   const Master master = master_kind(param, options, name);
   const auto zeros = [&](at::ScalarType dtype) {
     return at::zeros_like(param, param.options().dtype(dtype).requires_grad(false), at::MemoryFormat::Preserve);

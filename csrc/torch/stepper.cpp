@@ -242,7 +242,13 @@ const float* Stepper::scaling_number(const at::Tensor& tensor, const char* name,
                       tensor.scalar_type() == c10::kFloat;
   TORCH_CHECK(direct || !bucket.capturing, name, " must be a torch.float32 on ", bucket.device,
               " to be captured, but has ", describe(*tensor.unsafeGetTensorImpl()));
-  if (!direct) held_.push_back((is_flag ? tensor.ne(0) : tensor).to(bucket.device, c10::kFloat));
+  if (!direct) {
+    // A copy in any case: of a lazily negated number, or one without memory, none is made where device and dtype fit.
+    held_.push_back(
+        (is_flag ? tensor.ne(0) : tensor).to(bucket.device, c10::kFloat, /*non_blocking=*/false, /*copy=*/true));
+    TORCH_CHECK(is_plain(*held_.back().unsafeGetTensorImpl()) && held_.back().numel() == 1, name,
+                " must be a plain tensor, but has ", describe(*tensor.unsafeGetTensorImpl()));
+  }
   return static_cast<const float*>(const_data(*(direct ? tensor : held_.back()).unsafeGetTensorImpl()));
 }
 
@@ -263,8 +269,8 @@ void* Stepper::prepare_grad(std::size_t index, const at::Tensor& grad, bool writ
   TORCH_CHECK(tensor.layout() == c10::kStrided,
               "Adam does not support sparse gradients, please consider SparseAdam instead: the gradient of ", name,
               " has ", describe(tensor));
-  TORCH_CHECK(tensor.sizes() == param.sizes() && tensor.device() == param.device(), "the gradient of ", name,
-              " must have ", describe(param), ", but has ", describe(tensor));
+  TORCH_CHECK(has_sizes(tensor) && tensor.sizes() == param.sizes() && tensor.device() == param.device(),
+              "the gradient of ", name, " must have ", describe(param), ", but has ", describe(tensor));
   if (tensor.has_storage()) check_within_storage(tensor, "the gradient of " + name);
   TORCH_CHECK(
       !write_back || !may_overlap_itself(tensor), "the gradient of ", name,

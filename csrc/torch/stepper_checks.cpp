@@ -29,7 +29,7 @@ void Stepper::check(std::size_t index) {
   const c10::TensorImpl& param = *slot.param.tensor;
   const auto dtype = storage_dtype(param.dtype().toScalarType());
   TORCH_CHECK(dtype && param.device() == slot.bucket->device && param.layout() == c10::kStrided &&
-                  param.has_storage() && !param.key_set().has(c10::DispatchKey::ZeroTensor),
+                  param.has_storage() && has_sizes(param) && !param.key_set().has(c10::DispatchKey::ZeroTensor),
               name, " must be a strided tensor on ", slot.bucket->device,
               " of a floating point or complex dtype, but has ", describe(param));
   check_within_storage(param, name);

@@ -1,9 +1,11 @@
 """What one case is made of: an optimizer with its twin, the attempt that may be refused, and what must hold after."""
 
 import enum
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -59,12 +61,22 @@ RAW = (
 TORCHS = (
     "Expected a value of type",
     "<torch.ScriptMethod object",
+    "<torch.ScriptClassFunction object",
     "dispatch_on_subclass called with NO overloaded args",
 )
 
 
+def is_torchs_lack_of_memory(error: Exception) -> bool:
+    """Whether torch's own Python code was about to walk what has, or says it has, more items than fit."""
+    place = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    in_torch = place.parent == Path(torch.optim.__file__).parent or place == Path(torch._tensor.__file__)
+    return in_torch and (isinstance(error, MemoryError) or str(error) == "std::bad_alloc")
+
+
 def check_error(error: Exception, *, raw: bool = False) -> None:
     """Raise Broken unless the error is one that users may see. raw: pybind11's words will do."""
+    if is_torchs_lack_of_memory(error):
+        return
     if not isinstance(error, ORDINARY):
         raise Broken(f"a {type(error).__name__} is no error for users: {error}") from error
     text = "" if isinstance(error, Planted) else str(error)
@@ -233,6 +245,8 @@ def predict(optimizer: AdamW) -> list[tuple[Tensor, Textbook]]:
     groups = optimizer.param_groups
     if any(group.get("max_grad_norm") is not None for group in groups):
         return []
+    if any(getattr(optimizer, key, None) is not None for key in ("grad_scale", "found_inf")):
+        return []
     seen: set[int] = set()
     for group in groups:
         plain = {key: number_in(group.get(key)) for key in ("lr", "eps", "weight_decay")}
@@ -246,7 +260,7 @@ def predict(optimizer: AdamW) -> list[tuple[Tensor, Textbook]]:
             seen.add(id(param))
             if usable and is_readable(param) and param.dtype in (torch.float32, torch.float64):
                 book = Textbook([param], **plain, betas=tuple(betas), amsgrad=flags[0], maximize=flags[1])
-                if advance(book, param, optimizer.state.get(param)):
+                if advance(book, param, dict.get(optimizer.state, param)):
                     predicted.append((param, book))
     return predicted
 

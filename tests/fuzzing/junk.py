@@ -244,6 +244,16 @@ SPOILED: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+def is_damaged(tensor: Tensor) -> bool:
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
+        return False
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
+        return tensor.is_nested and tensor.layout == torch.strided
+    reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + reach + 1) * tensor.itemsize
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < needed
+
+
 DAMAGED = ("freed", "cut short", "past its end")
 _kinds = list(SPOILED)
 
@@ -265,6 +275,8 @@ def spoil(tensor: Any, random: Random) -> Any:
     """Something else in the place of a tensor."""
     if not isinstance(tensor, Tensor) or random.random() < 0.15:
         return value(random)
+    if is_damaged(tensor):  # of which torch makes nothing else, and dies
+        tensor = torch.ones(tensor.shape if tensor.numel() < 1000 else 3, dtype=tensor.dtype)
     for _ in range(10):
         try:
             return SPOILED[random.choice(_kinds)](tensor)

@@ -50,7 +50,7 @@ def mutate(root: Any, random: Random) -> None:
         container[key] = item(other, other_key)
     elif kind == 5 and isinstance(old, dict):
         wrap = random.choice((OrderedDict, junk.Dict, junk.LyingDict, lambda items: list(items.items())))
-        container[key] = wrap(old)
+        container[key] = wrap(dict(dict.items(old)))
     elif kind == 5 and isinstance(old, list):
         container[key] = random.choice((tuple, enumerate, iter, lambda items: items + items))(old)
     elif isinstance(old, Tensor):

@@ -154,8 +154,9 @@ def compare_state(before: Any, items: Any) -> None:
         if before != id(items):
             raise Broken("the state of a param is another object")
         return
-    if before.keys() != items.keys():
-        raise Broken(f"state keys have changed from {list(before)} to {list(items)}")
+    keys = dict.keys(items)
+    if before.keys() != keys:
+        raise Broken(f"state keys have changed from {list(before)} to {list(keys)}")
     for key, old in before.items():
         new = dict.__getitem__(items, key)
         if new is old or (is_readable(old) and is_readable(new) and same_values(old, new)):
@@ -174,6 +175,7 @@ def is_number(value: Any) -> bool:
 def same_values(a: Tensor, b: Tensor) -> bool:
     if a.shape != b.shape or a.is_complex() != b.is_complex():
         return a.numel() == b.numel() == 1 and not a.is_complex() and a.item() == b.item()
+    a, b = a.detach(), b.detach()
     kind = torch.complex128 if a.is_complex() else torch.float64
     return torch.equal(torch.nan_to_num(a.to(kind), 123.0), torch.nan_to_num(b.to(kind), 123.0))
 

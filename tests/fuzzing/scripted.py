@@ -30,6 +30,19 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+def uncycled(value: Any, within: tuple[int, ...] = ()) -> Any:
+    """The same, without cycles of plain containers: torch dies of them before it calls a class or an operator, as
+    `torch._C._jit_try_infer_type(cyclic_list())` alone does."""
+    if type(value) not in (dict, list, tuple) or len(within) > 50:
+        return value
+    if id(value) in within:
+        return None
+    inside = (*within, id(value))
+    if type(value) is dict:
+        return {key: uncycled(item, inside) for key, item in value.items()}
+    return type(value)(uncycled(item, inside) for item in value)
+
+
 class Pair:
     """A scripted optimizer and its twin, after good steps."""
 
@@ -83,7 +96,7 @@ def arguments(random: Random) -> dict[str, Any]:
     chosen = random.sample(sorted(OPTIONS), random.choice((0, 1, 1, 2)))
     made = {}
     for key in chosen:
-        made[key] = random.choice(OPTIONS[key]) if random.random() < 0.4 else junk.value(random)
+        made[key] = random.choice(OPTIONS[key]) if random.random() < 0.4 else uncycled(junk.value(random))
     return made
 
 
@@ -97,11 +110,12 @@ def script_constructor(random: Random) -> Outcome:
         params[0] = junk.spoil(params[0], random)
     elif kind == 3:
         params = random.choice(([], params + params[:1], junk.value(random), tuple(params)))
+    params = uncycled(params)
     options = arguments(random)
     made: list[Any] = []
     cls = torch.classes.adamw_ext.AdamW
     if random.random() < 0.3:
-        groups: Any = random.choice(([{"params": params, **options}], [], junk.value(random), [{}]))
+        groups: Any = uncycled(random.choice(([{"params": params, **options}], [], junk.value(random), [{}])))
         error = attempt(lambda: made.append(cls.from_groups(groups)))
     else:
         error = attempt(lambda: made.append(cls(params, **options)))
@@ -118,6 +132,7 @@ def script_step(random: Random) -> Outcome:
     count = random.choice((1, 1, 2))
     with junk.readable_only(count > 1):
         grads, scale, found = spoilt_step(pair, grads, count, random)
+    grads, scale, found = uncycled((grads, scale, found))
     return pair.try_call(lambda: pair.made.step(grads, scale, found))
 
 
@@ -156,6 +171,7 @@ def script_load_state_dict(random: Random) -> Outcome:
     }
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         mutate(loaded, random)
+    loaded = uncycled(loaded)
     outcome = pair.try_call(lambda: pair.made.load_state_dict(loaded["state"], loaded["param_groups"]))
     if outcome is Outcome.accepted:
         attempt(lambda: pair.made.step([torch.ones_like(param) for param in pair.params]))
@@ -169,15 +185,17 @@ def script_methods(random: Random) -> Outcome:
     made = pair.made
     new = guarded(torch.randn(4, dtype=pair.dtype))
     group = {"params": random.choice(([new], new, (new,), [pair.params[0]], junk.value(random))), **arguments(random)}
+    group = random.choice((group, group, junk.value(random)))
     number = random.choice((junk.number(random), junk.value(random)))
     index = random.choice((None, 0, 1, -1, 2**62, junk.value(random)))
+    group, number, index, flag = uncycled((group, number, index, junk.value(random)))
     name, call = random.choice(
         (
-            ("add", lambda: made.add_param_group(random.choice((group, junk.value(random))))),
+            ("add", lambda: made.add_param_group(group)),
             ("lr", lambda: made.set_lr(number, index)),
             ("decay", lambda: made.set_weight_decay(number, index)),
             ("get", lambda: (made.get_lr(index), made.get_weight_decay(index))),
-            ("zero", lambda: made.zero_grad(junk.value(random))),
+            ("zero", lambda: made.zero_grad(flag)),
             ("getstate", lambda: made.__getstate__()),
         )
     )

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from tests.fuzzing import junk
-from tests.fuzzing.cases import Outcome, Subject, attempt, check_prediction, entrance, others_stay, predict, try_call
+from tests.fuzzing.cases import (
+    GUARD,
+    Outcome,
+    Subject,
+    attempt,
+    check_prediction,
+    entrance,
+    others_stay,
+    predict,
+    try_call,
+)
 from tests.fuzzing.observe import Broken, is_readable, params_of, storage_bytes
 
 Undo = Callable[[], Any]
@@ -119,7 +129,7 @@ def spoil_state(subject: Subject, random: Random) -> None:
     elif kind == 8 and "exp_avg" in items:
         which = random.choice(junk._kinds)
         for moment in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-            if moment in items:
+            if isinstance(items.get(moment), Tensor) and not junk.is_damaged(items[moment]):
                 try:
                     items[moment] = junk.SPOILED[which](items[moment])
                 except (RuntimeError, ValueError, TypeError, NotImplementedError):
@@ -299,44 +309,58 @@ def step_that_edits(subject: Subject) -> Outcome:
 # --- Params ----------------------------------------------------------------------------------------------------------
 
 
+def resize_storage(tensor: Tensor, size: int) -> None:
+    """What is new lies beside the param, as far as its elements had been within its storage."""
+    storage = tensor.untyped_storage()
+    before = storage.nbytes()
+    if torch._C._is_cow_tensor(tensor):
+        raise RuntimeError("torch resizes it, and then dies of an assertion wherever it is written to")
+    storage.resize_(size)
+    if size > before:
+        torch.empty(0, dtype=tensor.dtype).set_(storage)[before // tensor.itemsize :].fill_(GUARD)
+
+
 def spoil_params(subject: Subject, random: Random) -> Undo:
     """Exchange or damage params, or their list. Returns what puts it back."""
     param = random.choice(subject.params)
     groups = subject.optimizer.param_groups
     group = random.choice(groups)
     lists = [(each["params"], list(each["params"])) for each in groups]
-    data, content, offset = param.data, storage_bytes(param), param.storage_offset()
-    assert content is not None
+    data, content = param.data, storage_bytes(param)
+    if content is None:  # spoilt before
+        return lambda: None
 
     def restore() -> None:
-        data.untyped_storage().resize_(content.numel())
+        if data.untyped_storage().nbytes() != content.numel():
+            data.untyped_storage().resize_(content.numel())
         torch.empty(0, dtype=torch.uint8).set_(data.untyped_storage()).copy_(content)
-        data.set_(data.untyped_storage(), offset, *shape)
         param.data = data
         param.requires_grad_(True)
         for own, items in lists:
             own[:] = items
 
-    shape = (tuple(data.shape), data.stride())
     kind = random.randrange(8)
     if kind < 3:
         try:
             param.data = junk.spoil(data, random)
         except (RuntimeError, TypeError, junk.Planted):  # torch refuses to exchange a param for that
-            param.data = data.clone()
+            param.data = torch.ones(data.shape, dtype=data.dtype)
     elif kind == 3:
-        param.untyped_storage().resize_(random.choice((0, content.numel() // 2, content.numel() + 64)))
+        with contextlib.suppress(RuntimeError):  # torch's refusals: of memory that is not its own, or shared lazily
+            resize_storage(param, random.choice((0, content.numel() // 2, content.numel() + 64)))
     elif kind == 4:
         strange = random.choice((junk.value(random), param, random.choice(subject.params), junk.spoil(data, random)))
         group["params"].insert(random.randrange(len(group["params"]) + 1), strange)
     elif kind == 5:
-        group["params"].insert(0, torch.nn.Parameter(random.choice((data, data.flatten()[:1], torch.ones(2)))))
+        views = () if junk.is_damaged(data) else (data, data.flatten()[:1])
+        group["params"].insert(0, torch.nn.Parameter(random.choice((*views, torch.ones(2)))))
         group["params"][0].grad = torch.ones_like(group["params"][0])
     elif kind == 6:
-        param.data = random.choice((random.choice(subject.params).data, param.grad, data.clone(), data.flatten()))
+        other = data.detach() if junk.is_damaged(data) else random.choice((data.clone(), data.flatten()))
+        param.data = random.choice((random.choice(subject.params).data, param.grad, other))
     else:
         param.requires_grad_(random.random() < 0.5)
-        if random.random() < 0.5:
+        if random.random() < 0.5 and group["params"]:
             group["params"].pop()
     return restore
 
