@@ -463,11 +463,11 @@ def may_read(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether reading it runs no code of a tensor subclass, nor one of torch's that refuses: it has its own numbers."""
-    keys = torch._C._dispatch_keys(tensor)
-    return type(tensor) in (Tensor, torch.nn.Parameter) and not (
-        keys.has(torch._C.DispatchKey.Python) or keys.has(torch._C.DispatchKey.ZeroTensor)
-    )
+    """Whether its memory holds its numbers, and reading it runs no code of a tensor subclass."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor._is_zerotensor():
+        return False
+    is_lazy = tensor.is_neg() or tensor.is_conj()
+    return not is_lazy and not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
 
 
 def made_plain(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:

@@ -435,6 +435,20 @@ def test_an_import_whose_master_raises_leaves_no_state_where_masters_are_not_kep
     assert torch.equal(params[0], torch.ones(3, dtype=torch.bfloat16))
 
 
+def test_lazily_negated_masters_are_loaded():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    items = {"step": torch.ones(()), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    for master_weights in (None, "fp32", "split"):
+        optimizer = AdamW(params, master_weights=master_weights)
+        loaded = optimizer.state_dict()
+        loaded["state"] = {0: {**items, "master_param": torch._neg_view(torch.full((3,), 2.5))}}
+        checkpoint.import_float32(optimizer, loaded)
+        assert torch.equal(params[0], torch.full((3,), -2.5, dtype=torch.bfloat16))
+        if master_weights:
+            optimizer.load_state_dict(loaded)
+            assert torch.equal(checkpoint.export_float32(optimizer)["state"][0]["master_param"], torch.full((3,), -2.5))
+
+
 # --- What cannot be written to ---------------------------------------------------------------------------------------
 
 

@@ -23,11 +23,11 @@ namespace {
 // would print them, and of a tensor whose memory was freed the process would die.
 template <class T>
 T read_as(py::handle argument, const char* name) {
-  try {
-    return argument.cast<T>();
-  } catch (const py::cast_error&) {
+  py::detail::make_caster<T> caster;
+  if (!caster.load(argument, /*convert=*/true)) {
     throw py::type_error(std::string(name) + " cannot be " + show(argument));
   }
+  return py::detail::cast_op<T>(std::move(caster));
 }
 
 // A stepper over the params and state of one Python optimizer, which lets one thread at a time in.
