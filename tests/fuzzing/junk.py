@@ -134,7 +134,7 @@ class Wrapping(Tensor):
 
 
 # What torch and numpy raise where they make none of these of a tensor.
-UNMADE = (RuntimeError, ValueError, TypeError, NotImplementedError, MemoryError, Planted)
+UNMADE = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, MemoryError, Planted)
 
 _UNDERLYING = torch.ones(3, 4)
 with warnings.catch_warnings():

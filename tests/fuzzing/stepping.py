@@ -335,7 +335,8 @@ def spoil_params(subject: Subject, random: Random) -> Undo:
             data.untyped_storage().resize_(content.numel())
         torch.empty(0, dtype=torch.uint8).set_(data.untyped_storage()).copy_(content)
         param.data = data
-        param.requires_grad_(True)
+        if not param.is_inference():  # torch lets none of these require it; what came before is restored next
+            param.requires_grad_(True)
         for own, items in lists:
             own[:] = items
 
