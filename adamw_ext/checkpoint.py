@@ -21,11 +21,14 @@ from adamw_ext.sharded import like, narrowed, part, part_of_loaded, parts
 from adamw_ext.state import (
     MASTERS,
     MOMENTS,
+    WHY_NOT_WRITTEN,
     describe,
     is_master,
     is_moment,
     is_step,
+    made_plain,
     may_read,
+    may_write,
     to_float,
     wanted_master,
     wanted_moment_dtype,
@@ -106,10 +109,14 @@ def import_float32(optimizer: torch.optim.AdamW, state_dict: dict[str, Any]) -> 
                 _check_items(param, name, state[number], amsgrad=bool(saved.get("amsgrad")))
                 fitted[number] = _fitted(param, group, state[number])
                 if "master_param" in state[number]:
-                    masters.append((param, state[number]["master_param"]))
+                    if not may_write(part(param)):
+                        raise ValueError(f"{name} cannot be set to its master: {WHY_NOT_WRITTEN}")
+                    whole = state[number]["master_param"]
+                    master = part_of_loaded(whole, param, f"{_LOADED}: 'master_param' of {name}")
+                    masters.append((param, made_plain(master, part(param), torch.float32)))
     optimizer.load_state_dict({**state_dict, "state": fitted})
     for param, master in masters:
-        own, master = part(param), part_of_loaded(master, param, "the master")
+        own = part(param)
         own.copy_(_C.split_master(master)[0] if param.dtype == torch.bfloat16 else master)
         torch.autograd.graph.increment_version([param])
 
@@ -312,8 +319,15 @@ def _widened(param: Tensor, group: dict[str, Any], items: dict[str, Any]) -> dic
             widened[key] = value.detach().to("cpu", _WIDER.get(value.dtype, value.dtype), copy=True)
         elif key not in MASTERS:
             widened[key] = copy.deepcopy(value)
-    if kept in items:
-        widened["master_param"] = _recalled(own, kept, part(items[kept]))
+    if kept is not None and kept in items:
+        stored = part(items[kept])
+        stored = narrowed(stored) if isinstance(stored, Tensor) else stored
+        if not is_master(stored, own, kept):
+            expected = f"a {MASTERS[kept]} tensor of its shape"
+            raise ValueError(
+                f"{kept!r} of a param of shape {tuple(param.shape)} must be {expected}, but is {describe(stored)}"
+            )
+        widened["master_param"] = _recalled(own, kept, made_plain(stored, own, MASTERS[kept]))
     return {key: like(param, value) if key in (*MOMENTS, "master_param") else value for key, value in widened.items()}
 
 
@@ -321,7 +335,7 @@ def _recalled(param: Tensor, key: str, value: Tensor) -> Tensor:
     """The master that the next step starts from, by the rule of recall in csrc/core/rounding.h: the stored one, unless
     someone has written another value into the param."""
     if key == "param_remainder":
-        return _C.join_master(param, narrowed(value))
+        return _C.join_master(param, value)
     stored, shown = value.to("cpu", copy=True), param.detach().cpu()
     if param.dtype == torch.bfloat16:
         return _C.join_master(shown, stored.view(torch.int32).short())

@@ -6,7 +6,16 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import is_sharded, part, placed_grad
-from adamw_ext.state import describe, is_step, may_go_into, may_read, runs_in_kernel, to_float
+from adamw_ext.state import (
+    WHY_NOT_WRITTEN,
+    describe,
+    is_step,
+    may_go_into,
+    may_read,
+    may_write,
+    runs_in_kernel,
+    to_float,
+)
 
 
 def adamw(
@@ -123,13 +132,17 @@ def adamw(
 
 def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
     """Raise ValueError where torch's functional AdamW would fail after the first writes."""
+    for index, param in enumerate(params):
+        _check_is_writable(param, f"params[{index}]")
     for name, tensors in lists.items():
         if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params):
             raise ValueError(f"{name} must be a list of {len(params)} tensors, as params, but is {describe(tensors)}")
         for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-            if not isinstance(tensor, Tensor) or not may_read(part(tensor)) or not may_read(part(param)):
+            if not isinstance(tensor, Tensor) or not may_read(part(tensor)):
                 raise ValueError(f"{name}[{index}] must be a tensor with memory, but is {describe_kind(tensor)}")
             fits = (tensor.shape, tensor.dtype, tensor.device) == (param.shape, param.dtype, param.device)
+            if name != "grads":
+                _check_is_writable(tensor, f"{name}[{index}]")
             if name == "state_steps":
                 fits = tensor.numel() == 1 and is_step(part(tensor), part(param))
             fits = fits and may_go_into(part(tensor), part(param))
@@ -137,6 +150,13 @@ def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> No
                 fits = fits and may_go_into(part(lists["grads"][index]), part(tensor))
             if not fits or tensor.layout != torch.strided:
                 raise ValueError(f"{name}[{index}] does not fit {describe(param)}: it is {describe(tensor)}")
+
+
+def _check_is_writable(tensor: Tensor, name: str) -> None:
+    if not may_write(part(tensor)):
+        raise ValueError(f"{name} cannot be updated: {WHY_NOT_WRITTEN}")
+    if torch.is_grad_enabled() and tensor.requires_grad and tensor.is_leaf:
+        raise RuntimeError(f"{name} is a leaf that requires grad: update it within torch.no_grad()")
 
 
 def describe_kind(value: object) -> str:

@@ -350,7 +350,7 @@ class AdamW(torch.optim.AdamW):
             return False
         try:
             self._check_elsewhere(given)
-        except (RuntimeError, ValueError, TypeError, KeyError):
+        except (RuntimeError, ValueError, TypeError, LookupError):
             return False  # as below: what is left to torch may have changed since the stepper was made
         try:
             grads = given.grads if given else None
@@ -378,7 +378,8 @@ class AdamW(torch.optim.AdamW):
         except BaseException:
             self._stepper = None
             # An interrupt may come after the update.
-            for param, state, items in before if stepper is None or not stepper.started else ():
+            # Backwards: of params that share a state, the last to come holds what the first has changed.
+            for param, state, items in reversed(before) if stepper is None or not stepper.started else ():
                 if state is _ABSENT:
                     self.state.pop(param, None)
                     continue
@@ -458,8 +459,10 @@ class AdamW(torch.optim.AdamW):
 
     def _name_of(self, index: int, param: Tensor) -> str:
         group = self.param_groups[index]
-        position = next(i for i, other in enumerate(group["params"]) if other is param)
-        return param_name(group, index, position)
+        for position, other in enumerate(group["params"]):
+            if other is param:
+                return param_name(group, index, position)
+        return f"a param of group {index}"  # of a container that gives others each time
 
     @torch.no_grad()
     def _finish_load(self, incoming: dict[str, Any]) -> None:

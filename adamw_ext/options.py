@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamw_ext.messages import show
-from adamw_ext.state import describe, may_read, misfits, to_float
+from adamw_ext.state import WHY_NOT_WRITTEN, describe, may_read, may_write, misfits, to_float
 
 STORAGE_OPTIONS = ("master_weights", "moment_dtype", "stochastic_rounding")
 
@@ -39,6 +39,8 @@ class Refill:
             self._loaded = number
         if isinstance(current, Tensor) and to_float(current) is None:
             raise ValueError(f"{what} has no place: the present one is {describe(current)}, which holds no number")
+        if isinstance(current, Tensor) and not may_write(current):
+            raise ValueError(f"{what} has no place in the present tensor: {WHY_NOT_WRITTEN}")
 
     def make(self) -> Any:
         return self._current.fill_(self._loaded) if isinstance(self._current, Tensor) else self._loaded

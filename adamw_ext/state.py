@@ -251,7 +251,7 @@ class StateLoad:
         if isinstance(self._loaded.get("param_remainder"), Tensor):
             self._loaded["param_remainder"] = narrowed(self._loaded["param_remainder"])
         param, existing = self._param, self._existing
-        self._existing = {k: v for k, v in existing.items() if not isinstance(v, Tensor) or may_write(v)}
+        self._existing = {k: v for k, v in existing.items() if not isinstance(v, Tensor) or self._may_fill(v)}
         if self._loaded and not is_step(self._loaded.get("step"), param):
             found = describe(self._loaded.get("step", "missing"))
             raise ValueError(f"loaded state 'step' of {name} must be a whole number of updates, but is {found}")
@@ -290,6 +290,29 @@ class StateLoad:
             shared = isinstance(value, Tensor) and _storage_address(value) in live
             if shared and value is not existing.get(key):
                 self._loaded[key] = value.clone()
+        if "master_param" in self._loaded and param.dtype == torch.bfloat16 and not may_write(param):
+            raise ValueError(f"{name} cannot be set to its master: {WHY_NOT_WRITTEN}")
+        self._loaded = {key: self._readied(key, value) for key, value in self._loaded.items()}
+
+    def _may_fill(self, existing: Tensor) -> bool:
+        return may_write(existing) and (is_plain(existing) or not runs_in_kernel(self._param))
+
+    def _readied(self, key: str, value: Any) -> Any:
+        """A loaded item that can be copied without an error: code of a tensor subclass may raise one, here at last."""
+        if key == "step":
+            return _new_step(value, self._device)
+        if not isinstance(value, Tensor):
+            return value
+        if key in MOMENTS:
+            return made_plain(value, self._param, self._dtype_of(value))
+        if key in MASTERS:
+            return made_plain(value, self._param, MASTERS[key])
+        # A key that is not ours: torch's rule.
+        dtype = self._param.dtype if self._param.is_floating_point() else value.dtype
+        return value.to(device=self._param.device, dtype=dtype, copy=True)
+
+    def _dtype_of(self, moment: Tensor) -> torch.dtype:
+        return self._moment_dtype or _kept_moment_dtype(self._param, moment)
 
     def apply(self) -> dict[str, Any]:
         """The new state; writes into tensors of the existing one."""
@@ -317,9 +340,9 @@ class StateLoad:
     def _load(self, key: str, value: Any) -> Any:
         existing = self._existing.get(key)
         if key == "step":
-            return _into(existing, _new_step(value, self._device))
+            return _into(existing, value)
         if key in MOMENTS:
-            dtype = self._moment_dtype or _kept_moment_dtype(self._param, value)
+            dtype = self._dtype_of(value)
             if (
                 isinstance(existing, Tensor)
                 and (existing.dtype, existing.shape) == (dtype, value.shape)
@@ -327,9 +350,6 @@ class StateLoad:
             ):
                 return existing.copy_(value)
             return _laid_out_copy(value, self._param, dtype)
-        if isinstance(value, Tensor):  # a key that is not ours: torch's rule
-            dtype = self._param.dtype if self._param.is_floating_point() else value.dtype
-            return value.to(device=self._param.device, dtype=dtype, copy=True)
         return value
 
 
@@ -442,6 +462,28 @@ def may_read(tensor: Tensor) -> bool:
         return True
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether its memory holds its numbers, and reading it runs no code of a tensor subclass."""
+    if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor._is_zerotensor():
+        return False
+    is_lazy = tensor.is_neg() or tensor.is_conj()
+    return not is_lazy and not torch._C._dispatch_keys(tensor).has(torch._C.DispatchKey.Python)
+
+
+def made_plain(value: Tensor, param: Tensor, dtype: torch.dtype) -> Tensor:
+    """The value itself where it is plain; else a copy, laid out as the param.
+
+    Raises:
+        ValueError: it has no numbers.
+    """
+    if is_plain(value):
+        return value
+    copy = _laid_out_copy(value, param, dtype)
+    if runs_in_kernel(param) and not is_plain(copy):
+        raise ValueError(f"a {torch.typename(value)} has no numbers that could be copied")
+    return copy
+
+
 def is_nested(tensor: Tensor) -> bool:
     """Whether this is a nested tensor of torch's core, or the data of one of its subclass, put into a plain tensor by
     hand: of that, torch's operations die."""
@@ -461,9 +503,17 @@ def may_go_into(value: Tensor, tensor: Tensor) -> bool:
     return wrapped(tensor) or not wrapped(value)
 
 
+WHY_NOT_WRITTEN = (
+    "it has no memory, is an inference tensor outside of InferenceMode, or more than one of its elements refers to a "
+    "single memory location"
+)
+
+
 def may_write(tensor: Tensor) -> bool:
     """Whether values can be copied into a tensor that was made for state, whatever was done to it since."""
-    if not may_read(tensor) or (tensor.is_inference() and not torch.is_inference_mode_enabled()):
+    if not may_read(tensor) or tensor._is_zerotensor():
+        return False
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
         return False
     return tensor.is_meta or tensor.layout != torch.strided or tensor.is_contiguous() or is_dense(tensor)
 

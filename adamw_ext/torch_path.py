@@ -12,7 +12,17 @@ from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import part
-from adamw_ext.state import MOMENTS, describe, is_moment, is_step, may_go_into, may_read, new_state, to_float
+from adamw_ext.state import (
+    MOMENTS,
+    WHY_NOT_WRITTEN,
+    describe,
+    is_moment,
+    is_step,
+    may_go_into,
+    may_write,
+    new_state,
+    to_float,
+)
 
 
 def find_problem(param: Tensor) -> str | None:
@@ -32,6 +42,8 @@ def find_problem(param: Tensor) -> str | None:
             "Adam does not support sparse gradients, please consider SparseAdam instead; "
             f"its gradient has layout {grad.layout}"
         )
+    if not may_write(param):
+        return WHY_NOT_WRITTEN
     if not may_go_into(grad, param):
         return "its gradient alone belongs to a functorch transform"
     if (grad.shape, grad.device) != (param.shape, param.device):
@@ -84,7 +96,7 @@ def find_state_problem(param: Tensor, state: Any, group: dict[str, Any]) -> str 
         return f"its state 'step' must be a tensor that holds a number of updates, but is {describe(state.get('step'))}"
     for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
         moment = part(state.get(key))
-        if not is_moment(moment, part(param)) or moment.device != param.device or not may_read(moment):
+        if not is_moment(moment, part(param)) or moment.device != param.device or not may_write(moment):
             return f"its state {key!r} must be a tensor as the param, but is {describe(state.get(key))}"
         if not may_go_into(part(param.grad), moment):
             return f"its gradient belongs to a functorch transform, but its state {key!r} does not"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import adamw_ext.jit
-from adamw_ext import AdamW, checkpoint, functional
+from adamw_ext import _C, AdamW, checkpoint, functional
 from adamw_ext.messages import show
 from tests.children import in_child
 from tests.helpers import assert_same_bits
@@ -195,6 +195,21 @@ def test_an_import_refuses_freed_state(key):
     refused_in_child(lambda: checkpoint.import_float32(optimizer, exported), f"'{key}' of .* freed")
 
 
+NOT_TAKEN = {
+    "members": lambda tensor: _C.Stepper([], {}, tensor, None, None, None, None, None),
+    "mirror": lambda tensor: _C.Stepper([], {}, [], tensor, None, None, None, None),
+    "param_groups": lambda tensor: _C.HyperMirror().sync(tensor),
+    "device": lambda tensor: _C.DeviceNumbers("int64").on(tensor),
+    "dtype": lambda tensor: _C.DeviceNumbers(tensor),
+    "others": lambda tensor: _C.same_memory([], tensor),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_the_extension_refuses_a_freed_tensor_in_a_wrong_place(name):
+    refused_in_child(lambda: NOT_TAKEN[name](freed((1000,))), f"{name} cannot be a tensor with shape")
+
+
 # --- The data of a nested tensor, in a plain one ---------------------------------------------------------------------
 
 
@@ -359,3 +374,119 @@ def test_export_refuses_a_step_that_is_no_float():
     optimizer.state[params[0]]["step"] = 10**400
     with pytest.raises(ValueError, match=r"'step' of a param of shape \(3, 4\) must be a number"):
         checkpoint.export_float32(optimizer)
+
+
+def test_a_refused_step_restores_a_state_that_two_params_share():
+    """Each of the params brings another moment into form before the step is refused."""
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((3, 4), (2, 5))]
+    optimizer = AdamW(params)
+    moments = {"exp_avg": torch.ones(4, 3).t(), "exp_avg_sq": torch.ones(5, 2).t()}
+    shared = {"step": torch.ones(()), **moments}
+    for param in params:
+        param.grad = torch.ones_like(param)
+        optimizer.state[param] = shared
+    with pytest.raises(RuntimeError, match="must have sizes"):
+        optimizer.step()
+    assert all(shared[key] is moment for key, moment in moments.items())
+
+
+# --- Tensor subclasses whose code raises -----------------------------------------------------------------------------
+
+
+class Raising(torch.Tensor):
+    """Has no memory, and no operation."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise ArithmeticError("of the class")
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "master_param", "note"])
+def test_a_load_in_which_code_of_a_tensor_subclass_raises_changes_nothing(key):
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = AdamW(params, lr=torch.tensor(0.1), master_weights="fp32")
+    optimizer.init_state()
+    loaded = checkpoint.export_float32(optimizer)
+    for items in loaded["state"].values():
+        items.update({name: value + 1 for name, value in items.items()})
+    loaded["param_groups"][0]["lr"] = 0.5
+    loaded["state"][1][key] = Raising(torch.ones(3))
+    before = values(params, optimizer)
+    for load in (optimizer.load_state_dict, lambda dict: checkpoint.import_float32(optimizer, dict)):
+        with pytest.raises(ArithmeticError, match="of the class"):
+            load(loaded)
+        assert_same_bits(values(params, optimizer), before, "a refused load")
+        assert optimizer.param_groups[0]["lr"].item() == pytest.approx(0.1)
+
+
+def test_an_import_whose_master_raises_leaves_no_state_where_masters_are_not_kept():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    items = {"step": torch.ones(()), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    optimizer = AdamW(params)
+    loaded = optimizer.state_dict()
+    loaded["state"] = {0: {**items, "master_param": Raising(torch.ones(3))}}
+    with pytest.raises(ArithmeticError, match="of the class"):
+        checkpoint.import_float32(optimizer, loaded)
+    assert not optimizer.state
+    assert torch.equal(params[0], torch.ones(3, dtype=torch.bfloat16))
+
+
+def test_lazily_negated_masters_are_loaded():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    items = {"step": torch.ones(()), "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)}
+    for master_weights in (None, "fp32", "split"):
+        optimizer = AdamW(params, master_weights=master_weights)
+        loaded = optimizer.state_dict()
+        loaded["state"] = {0: {**items, "master_param": torch._neg_view(torch.full((3,), 2.5))}}
+        checkpoint.import_float32(optimizer, loaded)
+        assert torch.equal(params[0], torch.full((3,), -2.5, dtype=torch.bfloat16))
+        if master_weights:
+            optimizer.load_state_dict(loaded)
+            assert torch.equal(checkpoint.export_float32(optimizer)["state"][0]["master_param"], torch.full((3,), -2.5))
+
+
+# --- What cannot be written to ---------------------------------------------------------------------------------------
+
+
+def inference(tensor):
+    with torch.inference_mode():
+        return tensor.clone()
+
+
+@pytest.mark.parametrize("make", [inference, lambda tensor: tensor[:1].expand(3)], ids=["inference", "expanded"])
+@pytest.mark.parametrize("name", ["params", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"])
+def test_the_functional_form_refuses_what_cannot_be_written_to_before_torch_writes(name, make):
+    names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs")
+    lists = {key: [torch.ones(3), torch.ones(3)] for key in names}
+    lists[name][1] = make(lists[name][1])
+    steps = [torch.ones(()) for _ in range(2)]
+    hyper = dict(amsgrad=True, beta1=0.9, beta2=0.99, lr=0.1, weight_decay=0.1, eps=1e-8, maximize=False)
+    with pytest.raises(ValueError, match=rf"{name}\[1\] cannot be updated"):
+        functional.adamw(**lists, state_steps=steps, **hyper, differentiable=True)
+    everything = [tensor for tensors in (*lists.values(), steps) for tensor in tensors]
+    assert all(bool((tensor == 1).all()) for tensor in everything)
+
+
+def test_a_load_refuses_a_present_lr_that_cannot_be_written_to():
+    params, optimizer = trained()
+    loaded = optimizer.state_dict()
+    before = values(params, optimizer)
+    optimizer.param_groups[0]["lr"] = inference(torch.tensor(0.1))
+    loaded["state"][0]["exp_avg"] = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="loaded lr of param group 0 has no place in the present tensor"):
+        optimizer.load_state_dict(loaded)
+    assert_same_bits(values(params, optimizer), before, "a refused load")
+
+
+# --- Params in what is no list ---------------------------------------------------------------------------------------
+
+
+def test_a_differentiable_group_whose_params_are_new_each_time_is_refused_in_words():
+    _, optimizer = trained()
+    optimizer.param_groups[0].update(params=torch.ones(2, 3), differentiable=True, stochastic_rounding=True)
+    with pytest.raises(RuntimeError, match="a param of group 0 is updated by torch"):
+        optimizer.step()

@@ -3,7 +3,6 @@
 #include <pybind11/stl.h>
 
 #include <memory>
-#include <optional>
 #include <set>
 
 #include "../torch/masters.h"
@@ -19,6 +18,17 @@ namespace py = pybind11;
 
 namespace adamw_ext::python {
 namespace {
+
+// The functions of this module take any object and read it with this. Where no overload takes the arguments, pybind11
+// would print them, and of a tensor whose memory was freed the process would die.
+template <class T>
+T read_as(py::handle argument, const char* name) {
+  py::detail::make_caster<T> caster;
+  if (!caster.load(argument, /*convert=*/true)) {
+    throw py::type_error(std::string(name) + " cannot be " + show(argument));
+  }
+  return py::detail::cast_op<T>(std::move(caster));
+}
 
 // A stepper over the params and state of one Python optimizer, which lets one thread at a time in.
 class PythonStepper {
@@ -44,8 +54,10 @@ class PythonStepper {
 
   // False: the containers have changed, or a param needs state, so a new stepper must be made. grads: one tensor or
   // None per member; None: each param's own .grad.
-  bool step(const py::list& param_groups, const py::dict& state, py::handle grad_scale, py::handle found_inf,
-            const std::optional<py::list>& grads) {
+  bool step(py::handle groups_object, py::handle state_object, py::handle grad_scale, py::handle found_inf,
+            py::handle grads) {
+    const auto param_groups = read_as<py::list>(groups_object, "param_groups");
+    const auto state = read_as<py::dict>(state_object, "state");
     if (stepping_) throw std::runtime_error("step() was called while a step of the same stepper is being made");
     const Stepping until_the_end(stepping_);
     started_ = false;
@@ -64,8 +76,8 @@ class PythonStepper {
     const at::Tensor scale = to_optional_tensor(grad_scale, "grad_scale");
     const at::Tensor found = to_optional_tensor(found_inf, "found_inf");
     const Releasing at_the_end{grads_};
-    if (grads) {
-      read_grads(*grads);
+    if (!grads.is_none()) {
+      read_grads(read_as<py::list>(grads, "grads"));
     } else if (sharded_.any()) {
       const bool ran_more = sharded_.read_grads(place_grad_, grads_);
       if (ran_more && !watch_.matches(param_groups.ptr(), state.ptr())) return false;
@@ -137,16 +149,18 @@ class PythonStepper {
   bool stepping_ = false;
 };
 
-std::unique_ptr<PythonStepper> make_stepper(const py::list& param_groups, const py::dict& state,
-                                            const py::list& members, std::shared_ptr<HyperMirror> mirror,
-                                            std::shared_ptr<DeviceNumbers> skips, std::shared_ptr<DeviceNumbers> norms,
+std::unique_ptr<PythonStepper> make_stepper(py::handle param_groups, py::handle state, py::handle members,
+                                            py::handle mirror, py::handle skips, py::handle norms,
                                             py::object place_grad, py::object complete_sum) {
-  return std::make_unique<PythonStepper>(param_groups, state, checked_members(members), std::move(mirror),
-                                         std::move(skips), std::move(norms), std::move(place_grad),
-                                         std::move(complete_sum));
+  return std::make_unique<PythonStepper>(
+      read_as<py::list>(param_groups, "param_groups"), read_as<py::dict>(state, "state"),
+      checked_members(read_as<py::list>(members, "members")), read_as<std::shared_ptr<HyperMirror>>(mirror, "mirror"),
+      read_as<std::shared_ptr<DeviceNumbers>>(skips, "skips"), read_as<std::shared_ptr<DeviceNumbers>>(norms, "norms"),
+      std::move(place_grad), std::move(complete_sum));
 }
 
-void sync_mirror(HyperMirror& mirror, const py::list& param_groups) {
+void sync_mirror(HyperMirror& mirror, py::handle groups_object) {
+  const auto param_groups = read_as<py::list>(groups_object, "param_groups");
   mirror.sync([&](std::int32_t group) {
     const auto index = static_cast<std::size_t>(group);
     if (index >= param_groups.size()) throw py::index_error("a captured step has more param groups than there are");
@@ -157,11 +171,12 @@ void sync_mirror(HyperMirror& mirror, const py::list& param_groups) {
   });
 }
 
-py::object number_on(DeviceNumbers& numbers, const std::string& device) {
-  return py::reinterpret_steal<py::object>(wrap(numbers.on(c10::Device(device))));
+py::object number_on(DeviceNumbers& numbers, py::handle device) {
+  return py::reinterpret_steal<py::object>(wrap(numbers.on(c10::Device(read_as<std::string>(device, "device")))));
 }
 
-std::shared_ptr<DeviceNumbers> make_numbers(const std::string& dtype) {
+std::shared_ptr<DeviceNumbers> make_numbers(py::handle name) {
+  const auto dtype = read_as<std::string>(name, "dtype");
   if (dtype != "int64" && dtype != "float64") throw py::value_error("dtype must be int64 or float64, but is " + dtype);
   return std::make_shared<DeviceNumbers>(dtype == "int64" ? c10::kLong : c10::kDouble);
 }
@@ -178,7 +193,8 @@ py::object joined(py::handle param, py::handle remainder) {
 }
 
 // Whether each tensor of one list is its counterpart in the other, or a view of the very same elements.
-bool same_memory(const py::list& tensors, const py::list& others) {
+bool same_memory(py::handle first, py::handle second) {
+  const auto tensors = read_as<py::list>(first, "tensors"), others = read_as<py::list>(second, "others");
   const auto same = [](const at::Tensor& a, const at::Tensor& b) {
     return a.is_same(b) || (a.has_storage() && b.has_storage() && a.dtype() == b.dtype() && a.device() == b.device() &&
                             a.sizes() == b.sizes() && a.strides() == b.strides() && a.is_conj() == b.is_conj() &&
@@ -220,10 +236,14 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("started", &PythonStepper::started)
       .def_property(
           "units_per_chunk", [](PythonStepper& self) { return self.tuning().units_per_chunk; },
-          [](PythonStepper& self, std::int64_t units) { self.tuning().units_per_chunk = units; })
+          [](PythonStepper& self, py::handle units) {
+            self.tuning().units_per_chunk = read_as<std::int64_t>(units, "units_per_chunk");
+          })
       .def_property(
           "emulated_arguments", [](PythonStepper& self) { return self.tuning().emulated_arguments; },
-          [](PythonStepper& self, int bytes) { self.tuning().emulated_arguments = bytes; });
+          [](PythonStepper& self, py::handle bytes) {
+            self.tuning().emulated_arguments = read_as<int>(bytes, "emulated_arguments");
+          });
   py::class_<DeviceNumbers, std::shared_ptr<DeviceNumbers>>(module, "DeviceNumbers")
       .def(py::init(&make_numbers), py::arg("dtype"))
       .def("on", &number_on, py::arg("device"));

@@ -12,6 +12,7 @@ from adamw_ext.jit import FunctionalAdamW
 from tests.fuzzing import junk
 from tests.fuzzing.cases import Outcome, attempt, check_prediction, entrance, guarded
 from tests.fuzzing.observe import Broken, Memory, tensors_of
+from tests.fuzzing.scripted import uncycled
 from tests.helpers import assert_same_bits
 from tests.reference import Textbook
 
@@ -165,6 +166,7 @@ def compiled_operators(random: Random) -> Outcome:
         else:
             found = random.choice((junk.scalar_tensor(random), junk.value(random)))
     operator = torch.ops.adamw_ext.compiled_step_
+    params, grads, numbers, scale, found = map(uncycled, (params, grads, numbers, scale, found))
     if random.random() < 0.5:
         return try_call(subject, lambda: operator.default(params, grads, found, numbers, trace))
     return try_call(subject, lambda: operator.unscaling(params, grads, scale, found, numbers, trace))

@@ -133,6 +133,9 @@ class Wrapping(Tensor):
         raise Planted("torch dispatch")
 
 
+# What torch and numpy raise where they make none of these of a tensor.
+UNMADE = (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, MemoryError, Planted)
+
 _UNDERLYING = torch.ones(3, 4)
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -247,6 +250,8 @@ SPOILED: dict[str, Callable[[Tensor], Any]] = {
 def is_damaged(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.device.type != "cpu":
         return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         return tensor.is_nested and tensor.layout == torch.strided
     reach = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -276,12 +281,13 @@ def spoil(tensor: Any, random: Random) -> Any:
     if not isinstance(tensor, Tensor) or random.random() < 0.15:
         return value(random)
     if is_damaged(tensor):  # of which torch makes nothing else, and dies
-        tensor = torch.ones(tensor.shape if tensor.numel() < 1000 else 3, dtype=tensor.dtype)
+        keeps_shape = not tensor.is_nested and tensor.numel() < 1000
+        tensor = torch.ones(tensor.shape if keeps_shape else 3, dtype=tensor.dtype)
     for _ in range(10):
         try:
             return SPOILED[random.choice(_kinds)](tensor)
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, Planted):
-            continue  # torch makes none of this tensor
+        except UNMADE:
+            continue
     return None
 
 

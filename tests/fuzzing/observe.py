@@ -33,7 +33,9 @@ def is_readable(tensor: Any) -> bool:
     plain = tensor.device.type == "cpu" and not tensor.is_quantized and not tensor.is_nested
     if not plain or torch._C._functorch.is_batchedtensor(tensor) or tensor._is_zerotensor():
         return False
-    if tensor.numel() > 0 and torch._C._data_address(tensor) == 0:
+    if tensor.numel() == 0:
+        return True  # whatever its strides and offset say
+    if torch._C._data_address(tensor) == 0:
         return False
     last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.numel() < 10**6 and tensor.untyped_storage().nbytes() >= (last + 1) * tensor.itemsize

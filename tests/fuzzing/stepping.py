@@ -132,7 +132,7 @@ def spoil_state(subject: Subject, random: Random) -> None:
             if isinstance(items.get(moment), Tensor) and not junk.is_damaged(items[moment]):
                 try:
                     items[moment] = junk.SPOILED[which](items[moment])
-                except (RuntimeError, ValueError, TypeError, NotImplementedError):
+                except junk.UNMADE:
                     items[moment] = None
     elif kind == 9:
         state[param] = junk.value(random)
@@ -335,7 +335,8 @@ def spoil_params(subject: Subject, random: Random) -> Undo:
             data.untyped_storage().resize_(content.numel())
         torch.empty(0, dtype=torch.uint8).set_(data.untyped_storage()).copy_(content)
         param.data = data
-        param.requires_grad_(True)
+        if not param.is_inference():  # torch lets none of these require it; what came before is restored next
+            param.requires_grad_(True)
         for own, items in lists:
             own[:] = items
 
@@ -352,11 +353,11 @@ def spoil_params(subject: Subject, random: Random) -> Undo:
         strange = random.choice((junk.value(random), param, random.choice(subject.params), junk.spoil(data, random)))
         group["params"].insert(random.randrange(len(group["params"]) + 1), strange)
     elif kind == 5:
-        views = () if junk.is_damaged(data) else (data, data.flatten()[:1])
+        views = (data, data.flatten()[:1]) if is_readable(data) else ()
         group["params"].insert(0, torch.nn.Parameter(random.choice((*views, torch.ones(2)))))
         group["params"][0].grad = torch.ones_like(group["params"][0])
     elif kind == 6:
-        other = data.detach() if junk.is_damaged(data) else random.choice((data.clone(), data.flatten()))
+        other = random.choice((data.clone(), data.flatten())) if is_readable(data) else data.detach()
         param.data = random.choice((random.choice(subject.params).data, param.grad, other))
     else:
         param.requires_grad_(random.random() < 0.5)
