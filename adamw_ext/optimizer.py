@@ -402,7 +402,10 @@ class AdamW(torch.optim.AdamW):
         for index, group in enumerate(self.param_groups):
             check_flags(group, index)
             elsewhere = []
-            for position, param in enumerate(group["params"]):
+            if not isinstance(params := group["params"], list):
+                raise TypeError(f"params of group {index} must be a list, but are {describe(params)}")
+            # The list's own items: what else a subclass of list may yield lives no longer than this loop.
+            for position, param in enumerate(list.__iter__(params)):
                 number += 1
                 name = param_name(group, index, position)
                 check_placement(param, name)

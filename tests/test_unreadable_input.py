@@ -485,8 +485,26 @@ def test_a_load_refuses_a_present_lr_that_cannot_be_written_to():
 # --- Params in what is no list ---------------------------------------------------------------------------------------
 
 
-def test_a_differentiable_group_whose_params_are_new_each_time_is_refused_in_words():
+@pytest.mark.parametrize("differentiable", [False, True])
+@pytest.mark.parametrize("make", [lambda: torch.ones(2, 3), tuple, lambda: None])
+def test_params_that_are_no_list_are_refused(make, differentiable):
+    """Rows of a tensor are new each time, and live no longer than a look at them."""
     _, optimizer = trained()
-    optimizer.param_groups[0].update(params=torch.ones(2, 3), differentiable=True, stochastic_rounding=True)
-    with pytest.raises(RuntimeError, match="a param of group 0 is updated by torch"):
+    optimizer.param_groups[0].update(params=make(), differentiable=differentiable)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="params of group 0 must be a list, but are"):
+            optimizer.step()
+
+
+def test_a_list_that_yields_others_than_it_holds_is_stepped_by_what_it_holds():
+    class Changing(list):
+        def __iter__(self):
+            return iter([torch.ones(3, requires_grad=True) for _ in range(2)])
+
+    params, optimizer = trained()
+    twins, other = trained()
+    optimizer.param_groups[0]["params"] = Changing(params)
+    for _ in range(3):
         optimizer.step()
+        other.step()
+    assert_same_bits(params, twins)

@@ -54,7 +54,7 @@ bool walk(PyObject* param_groups, PyObject* state, const Visit& visit) {
   const Py_ssize_t group_count = PyList_GET_SIZE(param_groups);
   for (Py_ssize_t g = 0; g < group_count; ++g) {
     PyObject* params = params_of(PyList_GET_ITEM(param_groups, g));
-    if (params == nullptr) return visit(nullptr);
+    if (params == nullptr) return false;
     const Py_ssize_t param_count = PyList_GET_SIZE(params);
     for (Py_ssize_t i = 0; i < param_count; ++i) {
       PyObject* param = PyList_GET_ITEM(params, i);
