@@ -48,6 +48,8 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         raise RuntimeError("a nested tensor can have no state")
     dtype = wanted_moment_dtype(param, group) or param.dtype
     own = part(param)
+    if (own.is_conj() or own.is_neg()) and not may_read(own):  # zeros_like reads what is lazy
+        raise RuntimeError(f"a param of shape {tuple(param.shape)} has no memory: its storage was freed or resized")
     made = {
         key: torch.zeros_like(own, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
         for key in (MOMENTS if group["amsgrad"] else MOMENTS[:2])

@@ -508,3 +508,15 @@ def test_a_list_that_yields_others_than_it_holds_is_stepped_by_what_it_holds():
         optimizer.step()
         other.step()
     assert_same_bits(params, twins)
+
+
+@pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view])
+def test_a_first_step_of_a_lazy_param_whose_memory_was_freed_is_refused(lazy):
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    param.data = lazy(param.detach().clone())
+    optimizer = AdamW([param])
+    param.grad = torch.ones_like(param)
+    param.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="memory"):
+        optimizer.step()
+    assert not optimizer.state

@@ -185,7 +185,7 @@ def setstate(random: Random) -> Outcome:
         error = attempt(lambda: made.__setstate__(attributes))
         if error is None:
             for param in tensors_of(made.__dict__.get("param_groups")):
-                if param.is_leaf and is_readable(param) and param.is_floating_point() and param.requires_grad:
+                if is_readable(param) and param.is_leaf and param.is_floating_point() and param.requires_grad:
                     param.grad = torch.ones_like(param)
             error = attempt(made.step)
             attempt(made.state_dict)
