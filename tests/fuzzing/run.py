@@ -87,7 +87,7 @@ def run_child(plan: dict[str, Any], deadline: float | None, tally: Tally) -> boo
         if ended:
             return True
         errors.seek(0)
-        tail = errors.read()[-3000:]
+        tail = without_folders(errors.read()[-3000:])
     if last is None:
         raise RuntimeError(f"the process that runs cases did not begin: exit code {child.returncode}\n{tail}")
     turn, index = last
@@ -97,6 +97,13 @@ def run_child(plan: dict[str, Any], deadline: float | None, tally: Tally) -> boo
     done = turn * len(plan["names"]) + index + 1
     plan["skip"] = done
     return False
+
+
+def without_folders(text: str) -> str:
+    """Files as they lie in the repository and in the environment, not on the machine."""
+    for folder in (str(Path(__file__).parents[2]), sys.prefix, sys.base_prefix):
+        text = text.replace(folder + "/", "")
+    return text
 
 
 def listen(
