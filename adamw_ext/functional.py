@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
-from torch.optim.optimizer import _get_capturable_supported_devices
 
 from adamw_ext.sharded import is_sharded, part, placed_grad
 from adamw_ext.state import (
@@ -16,6 +15,7 @@ from adamw_ext.state import (
     runs_in_kernel,
     to_float,
 )
+from adamw_ext.torch_path import find_capturable_problem, is_read_elsewhere
 
 
 def adamw(
@@ -69,15 +69,12 @@ def adamw(
             f"{torch.typename(params[elsewhere[0]])} on {params[elsewhere[0]].device}"
         )
     for name, value in (("lr", lr), ("beta1", beta1), ("beta2", beta2), ("weight_decay", weight_decay), ("eps", eps)):
-        if isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1:
-            continue  # read there, if at all
-        if to_float(value) is None:
+        if not is_read_elsewhere(value) and to_float(value) is None:
             raise TypeError(f"{name} must be a number, but is {describe(value)}")
     if differentiable or elsewhere:
         _check_for_torch(params, {**lists, "max_exp_avg_sqs": max_exp_avg_sqs} if amsgrad else lists)
-        supported = _get_capturable_supported_devices()
-        if capturable and not torch.compiler.is_compiling() and any(p.device.type not in supported for p in params):
-            raise RuntimeError(f"capturable=True is for params on {', '.join(supported)}")
+        if capturable and (problem := find_capturable_problem(params)):
+            raise RuntimeError(problem)
         torch_adamw(
             params,
             grads,
@@ -135,11 +132,11 @@ def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> No
     for index, param in enumerate(params):
         _check_is_writable(param, f"params[{index}]")
     for name, tensors in lists.items():
-        if not isinstance(tensors, (list, tuple)) or len(tensors) != len(params):
+        if len(tensors) != len(params):
             raise ValueError(f"{name} must be a list of {len(params)} tensors, as params, but is {describe(tensors)}")
         for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
             if not isinstance(tensor, Tensor) or not may_read(part(tensor)):
-                raise ValueError(f"{name}[{index}] must be a tensor with memory, but is {describe_kind(tensor)}")
+                raise ValueError(f"{name}[{index}] must be a tensor with memory, but is {_describe_unread(tensor)}")
             fits = (tensor.shape, tensor.dtype, tensor.device) == (param.shape, param.dtype, param.device)
             if name != "grads":
                 _check_is_writable(tensor, f"{name}[{index}]")
@@ -159,7 +156,7 @@ def _check_is_writable(tensor: Tensor, name: str) -> None:
         raise RuntimeError(f"{name} is a leaf that requires grad: update it within torch.no_grad()")
 
 
-def describe_kind(value: object) -> str:
+def _describe_unread(value: object) -> str:
     """Without reading it."""
     return f"one of shape {tuple(value.shape)} without" if isinstance(value, Tensor) else describe(value)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adamw_ext.messages import show
-from adamw_ext.state import WHY_NOT_WRITTEN, describe, may_read, may_write, misfits, to_float
+from adamw_ext.state import WHY_NOT_WRITTEN, check_may_read, describe, may_write, misfits, to_float
 
 STORAGE_OPTIONS = ("master_weights", "moment_dtype", "stochastic_rounding")
 
@@ -79,8 +79,8 @@ def check_readable(hyperparameters: dict[str, Any]) -> None:
     """Raise ValueError where torch's constructor would read a tensor whose memory is gone."""
     for key, value in hyperparameters.items():
         for number in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(number, Tensor) and not may_read(number):
-                raise ValueError(f"{key} has no memory: its storage was freed or resized")
+            if isinstance(number, Tensor):
+                check_may_read(number, key)
 
 
 def is_norm(value: Any) -> bool:

@@ -114,7 +114,7 @@ def misfits(param: Tensor, state: dict[str, Any], group: dict[str, Any]) -> list
     step = state.get("step")
     wanted = (torch.float32, 0, _step_device(param, group))
     fits = isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == wanted
-    keys = ["step"] if _holds_number(step) and not fits else []
+    keys = ["step"] if to_float(step) is not None and not fits else []
     for key in MOMENTS:
         moment = state.get(key)
         if is_moment(moment, param) and _within_storage(moment) and not _laid_out_as(moment, param):
@@ -264,8 +264,8 @@ class StateLoad:
                     f"but is {describe(self._loaded[key])}"
                 )
         self._master = wanted_master(param, group)
-        if self._master is not None and not may_read(param):
-            raise ValueError(f"{name} has no memory: its storage was freed or resized")
+        if self._master is not None:
+            check_may_read(param, name)
         if MASTERS.keys() <= self._loaded.keys():  # as torch.distributed adds a whole one to what is here already
             raise ValueError(
                 f"loaded state of {name} must have one master, but has both {' and '.join(map(repr, MASTERS))}: "
@@ -286,8 +286,8 @@ class StateLoad:
                     f"but is {describe(value)}"
                 )
         for key, value in self._loaded.items():
-            if isinstance(value, Tensor) and not may_read(part(value)):
-                raise ValueError(f"loaded state {key!r} of {name} has no memory: its storage was freed or resized")
+            if isinstance(value, Tensor):
+                check_may_read(part(value), f"loaded state {key!r} of {name}")
         for key, value in self._loaded.items():
             shared = isinstance(value, Tensor) and _storage_address(value) in live
             if shared and value is not existing.get(key):
@@ -387,10 +387,6 @@ def to_float(value: Any) -> float | None:
         return None
 
 
-def _holds_number(value: Any) -> bool:
-    return to_float(value) is not None
-
-
 def is_step(value: Any, param: Tensor) -> bool:
     if isinstance(value, Tensor) and value.is_meta and param.is_meta:
         return True
@@ -462,6 +458,11 @@ def may_read(tensor: Tensor) -> bool:
         return tensor.is_meta or tensor.layout != torch.strided or _within_storage(tensor)
     except (RuntimeError, NotImplementedError):  # a subclass that wraps others has none of its own
         return True
+
+
+def check_may_read(tensor: Tensor, name: str) -> None:
+    if not may_read(tensor):
+        raise ValueError(f"{name} has no memory: its storage was freed or resized")
 
 
 def is_plain(tensor: Tensor) -> bool:

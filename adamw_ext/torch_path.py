@@ -70,18 +70,28 @@ def find_group_problem(group: dict[str, Any], params: list[Tensor], *, scales: b
         *((key, group.get(key), float("inf")) for key in ("lr", "eps", "weight_decay")),
         *(("betas", beta, 1.0) for beta in betas),
     ):
-        if isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1:
-            continue  # to be read there, if at all: this step may be captured
+        if is_read_elsewhere(value):
+            continue
         number = to_float(value)
         if number is None or not 0.0 <= number <= end or (key == "betas" and number == 1.0):
             return f"{key} must be a number in [0, {end:g}), but is {describe(value)}"
         if isinstance(value, Tensor) and group["foreach"] and not group["capturable"]:
             return f"a tensor {key} goes with foreach=True only where capturable=True"
+    return find_capturable_problem(params) if group["capturable"] else None
+
+
+def find_capturable_problem(params: list[Tensor]) -> str | None:
+    """Why torch would not update these params with capturable=True; None if it would."""
     supported = _get_capturable_supported_devices()
-    for param in params if group["capturable"] else ():
+    for param in params:
         if param.device.type not in supported and not torch.compiler.is_compiling():
             return f"capturable=True is for params on {', '.join(supported)}, but there is one on {param.device}"
     return None
+
+
+def is_read_elsewhere(value: Any) -> bool:
+    """Whether this is a number on a device, to be read there, if at all: a step may be captured."""
+    return isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1
 
 
 def find_state_problem(param: Tensor, state: Any, group: dict[str, Any]) -> str | None:

@@ -3,7 +3,12 @@
 All of them compile, or run as Python; a fault that breaks every step proves nothing.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
 
 TESTS = (
     "tests/test_update.py",
@@ -44,6 +49,14 @@ class Fault:
     @property
     def is_compiled(self) -> bool:
         return self.file.startswith("csrc/")
+
+
+def check_texts(faults: Iterable[Any]) -> None:
+    """End the program unless each fault's text occurs once in its file."""
+    for fault in faults:
+        count = (ROOT / fault.file).read_text().count(fault.old)
+        if count != 1:
+            raise SystemExit(f"{fault.name!r}: the text to replace occurs {count} times in {fault.file}:\n{fault.old}")
 
 
 FAULTS = [

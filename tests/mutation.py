@@ -21,9 +21,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.device import conditions, write_dated
-from tests.faults import FAULTS, Fault
+from tests.faults import FAULTS, ROOT, Fault, check_texts
 
-ROOT = Path(__file__).parent.parent
 COPIED = ("csrc", "adamw_ext", "tests", "build_checks.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
@@ -120,13 +119,6 @@ class Copy:
             os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
             if fault.is_compiled:
                 self.put_back()
-
-
-def check_texts(faults: list[Fault]) -> None:
-    for fault in faults:
-        count = (ROOT / fault.file).read_text().count(fault.old)
-        if count != 1:
-            raise Failure(f"{fault.name!r}: the text to replace occurs {count} times in {fault.file}:\n{fault.old}")
 
 
 def try_all(faults: list[Fault]) -> list[dict[str, object]]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.device import conditions, write_dated
+from tests.faults import check_texts
 from tests.sanitizers import ROOT, SANITIZERS, Failure, Sanitized, check
 
 
@@ -130,13 +131,6 @@ FAULTS = [
 ]
 
 
-def check_texts() -> None:
-    for fault in FAULTS:
-        count = (ROOT / fault.file).read_text().count(fault.old)
-        if count != 1:
-            raise Failure(f"{fault.name!r}: the text to replace occurs {count} times in {fault.file}:\n{fault.old}")
-
-
 def seed(sanitized: Sanitized, fault: Fault) -> bool:
     """Whether the sanitizer says the fault's words, of our libraries, when its tests run on a build with the fault."""
     source, built = sanitized.tree / fault.file, sanitized.tree / "out" / "built"
@@ -189,7 +183,7 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="before faults, also the tests that take long")
     parser.add_argument("--no-faults", action="store_true", help="the record of what was run last")
     choices = parser.parse_args()
-    check_texts()
+    check_texts(FAULTS)
     records, faults = [], []
     for name in SANITIZERS:
         sanitized = Sanitized(name, ROOT / "out" / f"sanitize-{name}")

@@ -7,10 +7,10 @@
 #include "../core/table.h"
 #include "isa.h"
 
-// Levels beyond the baseline are built where the compiler can aim single functions at them, and no build forbids them.
-#if !defined(ADAMW_EXT_X86_LEVELS) && defined(__x86_64__) && defined(__GNUC__)
+// Levels beyond the baseline are built where the compiler can aim single functions at them.
+#if defined(__x86_64__) && defined(__GNUC__)
 #define ADAMW_EXT_X86_LEVELS 1
-#elif !defined(ADAMW_EXT_X86_LEVELS)
+#else
 #define ADAMW_EXT_X86_LEVELS 0
 #endif
 

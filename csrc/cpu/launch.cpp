@@ -3,11 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
 
 #include "fork_join.h"
+#include "forks.h"
 #include "kernels.h"
 
 namespace adamw_ext::cpu {
@@ -126,15 +124,9 @@ void update(const KernelSet& kernels, const TensorEntry& entry, const Scalars& s
   }
 }
 
-// An OpenMP runtime whose threads were lost in a fork never returns from its next parallel region.
-std::atomic<bool> in_forked_child{false};
-
-#if defined(__unix__) || defined(__APPLE__)
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
-#endif
-
 int threads_for(const Table& table, const LaunchOptions& options, std::int64_t tasks) {
-  if (table.unit_count < min_parallel_units || in_forked_child) return 1;
+  // An OpenMP runtime whose threads were lost in a fork never returns from its next parallel region.
+  if (table.unit_count < min_parallel_units || forks > 0) return 1;
   return static_cast<int>(std::min<std::int64_t>(options.threads, tasks));
 }
 

@@ -7,6 +7,7 @@
 
 #include "../torch/masters.h"
 #include "../torch/stepper.h"
+#include "../torch/stepping.h"
 #include "grads.h"
 #include "groups.h"
 #include "members.h"
@@ -103,13 +104,6 @@ class PythonStepper {
   bool started() const { return started_; }
 
  private:
-  // Set during a step: code that a step runs, and threads that run during a long one, may try to step as well.
-  struct Stepping {
-    bool& flag;
-    explicit Stepping(bool& value) : flag(value) { flag = true; }
-    ~Stepping() { flag = false; }
-  };
-
   // Gradients are held no longer than a step, also where that raises.
   struct Releasing {
     Grads& grads;

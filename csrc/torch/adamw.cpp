@@ -8,22 +8,14 @@
 #include <mutex>
 #include <new>
 #include <set>
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
 
+#include "../cpu/forks.h"
 #include "param_state.h"
 #include "stepper.h"
+#include "stepping.h"
 
 namespace adamw_ext {
 namespace {
-
-// How many forks lie between this process and the one that loaded the library.
-std::atomic<std::uint64_t> forks{0};
-
-#if defined(__unix__) || defined(__APPLE__)
-const int fork_handler = pthread_atfork(nullptr, nullptr, [] { ++forks; });
-#endif
 
 Hyper hyper_of(const AdamWOptions& options) {
   return {options.lr,
@@ -70,7 +62,7 @@ struct AdamW::Impl {
 
   AdamWOptions defaults;
   mutable std::recursive_mutex mutex;
-  mutable std::atomic<std::uint64_t> forks_seen{forks.load()};
+  mutable std::atomic<std::uint64_t> forks_seen{cpu::forks.load()};
   mutable bool stepping = false;
   mutable bool torn = false;  // forked in the middle of a step
   bool started = false;       // the latest step has changed something
@@ -99,19 +91,12 @@ struct AdamW::Impl {
     std::lock_guard<std::recursive_mutex> lock_;
   };
 
-  struct Stepping {
-    bool& flag;
-
-    explicit Stepping(bool& value) : flag(value) { flag = true; }
-    ~Stepping() { flag = false; }
-  };
-
   template <class Set>
   void set_of(std::optional<std::int64_t> index, const Set& set);
 
   // A thread that held the mutex when this process was forked does not exist here, and will never give it back.
   std::recursive_mutex& mutex_of_this_process() const {
-    const std::uint64_t now = forks.load();
+    const std::uint64_t now = cpu::forks.load();
     if (forks_seen.exchange(now) != now) {
       new (&mutex) std::recursive_mutex;
       torn |= stepping;
