@@ -323,7 +323,7 @@ void AdamW::set_weight_decay(double weight_decay, std::optional<std::int64_t> gr
 void AdamW::step(const std::optional<std::vector<at::Tensor>>& grads, const at::Tensor& grad_scale,
                  const at::Tensor& found_inf) {
   const auto turn = impl_->change();
-  const Impl::Stepping stepping(impl_->stepping);
+  const Stepping stepping(impl_->stepping);
   const at::NoGradGuard no_grad;
   const std::size_t count = impl_->params.size();
   TORCH_CHECK_VALUE(!grads || grads->size() == count, "grads must have one tensor or None for each of the ", count,
