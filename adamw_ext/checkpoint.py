@@ -16,23 +16,21 @@ import torch
 from torch import Tensor
 
 from adamw_ext import _C
+from adamw_ext.memory import WHY_NOT_WRITTEN, may_read, may_write
 from adamw_ext.options import STORAGE_OPTIONS, check_options, param_name
 from adamw_ext.sharded import like, narrowed, part, part_of_loaded, parts
 from adamw_ext.state import (
     MASTERS,
     MOMENTS,
-    WHY_NOT_WRITTEN,
     describe,
     is_master,
     is_moment,
     is_step,
-    made_plain,
-    may_read,
-    may_write,
     to_float,
     wanted_master,
     wanted_moment_dtype,
 )
+from adamw_ext.state_load import made_plain
 
 _WIDER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.complex32: torch.complex64}
 _LOADED = "loaded state dict"

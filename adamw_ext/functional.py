@@ -4,17 +4,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
+from adamw_ext.memory import WHY_NOT_WRITTEN, may_go_into, may_read, may_write
 from adamw_ext.sharded import is_sharded, part, placed_grad
-from adamw_ext.state import (
-    WHY_NOT_WRITTEN,
-    describe,
-    is_step,
-    may_go_into,
-    may_read,
-    may_write,
-    runs_in_kernel,
-    to_float,
-)
+from adamw_ext.state import describe, is_step, runs_in_kernel, to_float
 from adamw_ext.torch_path import find_capturable_problem, is_read_elsewhere
 
 

@@ -33,19 +33,8 @@ from adamw_ext.sharded import (
     elements_of,
     place_grad,
 )
-from adamw_ext.state import (
-    Carried,
-    StateLoad,
-    carry_tensors,
-    check_is_state_dict,
-    conform_state,
-    describe,
-    drop_other_masters,
-    misfits,
-    new_state,
-    runs_in_kernel,
-    storage_addresses,
-)
+from adamw_ext.state import conform_state, describe, drop_other_masters, misfits, new_state, runs_in_kernel
+from adamw_ext.state_load import Carried, StateLoad, carry_tensors, check_is_state_dict, storage_addresses
 from adamw_ext.torch_path import find_group_problem, find_problem, find_state_problem, step_group
 from adamw_ext.turns import take_turns
 

@@ -7,8 +7,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from adamw_ext.memory import WHY_NOT_WRITTEN, check_may_read, may_write
 from adamw_ext.messages import show
-from adamw_ext.state import WHY_NOT_WRITTEN, check_may_read, describe, may_write, misfits, to_float
+from adamw_ext.state import describe, misfits, to_float
 
 STORAGE_OPTIONS = ("master_weights", "moment_dtype", "stochastic_rounding")
 

@@ -11,18 +11,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 from torch.optim.optimizer import _get_capturable_supported_devices
 
+from adamw_ext.memory import WHY_NOT_WRITTEN, may_go_into, may_write
 from adamw_ext.sharded import part
-from adamw_ext.state import (
-    MOMENTS,
-    WHY_NOT_WRITTEN,
-    describe,
-    is_moment,
-    is_step,
-    may_go_into,
-    may_write,
-    new_state,
-    to_float,
-)
+from adamw_ext.state import MOMENTS, describe, is_moment, is_step, new_state, to_float
 
 
 def find_problem(param: Tensor) -> str | None:

@@ -503,8 +503,8 @@ FAULTS = [
     Fault(
         "new step counts begin at 1",
         "adamw_ext/state.py",
-        "    step = torch.zeros((), dtype=torch.float32, device=_step_device(param, group))",
-        "    step = torch.ones((), dtype=torch.float32, device=_step_device(param, group))",
+        "    step = torch.zeros((), dtype=torch.float32, device=step_device(param, group))",
+        "    step = torch.ones((), dtype=torch.float32, device=step_device(param, group))",
         CLASS,
     ),
     Fault(
@@ -516,22 +516,22 @@ FAULTS = [
     ),
     Fault(
         "live state is loaded over itself",
-        "adamw_ext/state.py",
+        "adamw_ext/state_load.py",
         "                self._loaded[key] = value.clone()",
         "                pass",
         LOADING,
     ),
     Fault(
         "a master of the other kind is made anew from the param",
-        "adamw_ext/state.py",
-        "self._loaded[key] if key in self._loaded else _converted_master(self._param, self._loaded, key)",
+        "adamw_ext/state_load.py",
+        "self._loaded[key] if key in self._loaded else converted_master(self._param, self._loaded, key)",
         "self._loaded[key] if key in self._loaded else new_master(self._param, key)",
         (*MASTERS, *CONVERSION),
     ),
     Fault(
         "moments in another memory order are taken as they are",
         "adamw_ext/state.py",
-        "if is_moment(moment, param) and _within_storage(moment) and not _laid_out_as(moment, param):",
+        "if is_moment(moment, param) and within_storage(moment) and not laid_out_as(moment, param):",
         "if False:",
         (*LOADING, *REFUSALS),
     ),

@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.device import conditions, write_dated
 from tests.faults import FAULTS, ROOT, Fault, check_texts
 
-COPIED = ("csrc", "adamw_ext", "tests", "build_checks.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = "csrc adamw_ext tests benchmarks build_checks.py setup.py pyproject.toml README.md LICENSE".split()
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
 
