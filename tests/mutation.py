@@ -23,7 +23,8 @@ from pathlib import Path
 from benchmarks.device import conditions, write_dated
 from tests.faults import FAULTS, ROOT, Fault, check_texts
 
-COPIED = "csrc adamw_ext tests benchmarks build_checks.py setup.py pyproject.toml README.md LICENSE".split()
+FOLDERS = ("csrc", "adamw_ext", "tests", "benchmarks")
+FILES = ("build_checks.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TEST_TIMEOUT = 600  # seconds; a fault may also hang
 
 
@@ -38,11 +39,10 @@ class Copy:
         self.tree = directory / "tree"
         self.built = directory / "built"
         self.tree.mkdir()
-        for name in COPIED:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, self.tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
-            else:
-                shutil.copy2(ROOT / name, self.tree / name)
+        for name in FOLDERS:
+            shutil.copytree(ROOT / name, self.tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        for name in FILES:
+            shutil.copy2(ROOT / name, self.tree / name)
         if not is_optimized:
             self.optimize_less()
         self.environment = {**os.environ, "PYTHONPATH": str(self.tree), "PYTHONDONTWRITEBYTECODE": "1"}
