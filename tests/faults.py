@@ -349,9 +349,9 @@ FAULTS = [
     ),
     Fault(
         "random bits do not depend on the step",
-        "csrc/core/random.h",
-        "std::uint32_t x2 = key.step, x3 = 0;",
-        "std::uint32_t x2 = 0, x3 = 0;",
+        "csrc/core/philox.inc",
+        "  words[2] = Lanes{} + key.step;",
+        "  words[2] = Lanes{};",
         STOCHASTIC,
     ),
     Fault(

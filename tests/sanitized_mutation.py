@@ -59,10 +59,10 @@ FAULTS = [
         "a random word is multiplied as a signed number",
         "address",
         "csrc/core/random.h",
-        "constexpr std::uint64_t multiplier0 = 0xD2511F53u, multiplier1 = 0xCD9E8D57u;",
-        "constexpr std::int64_t multiplier0 = 0xD2511F53u, multiplier1 = 0xCD9E8D57u;",
+        "number = (number & 0xffffffffu) * factor;",
+        "number = static_cast<std::uint64_t>(static_cast<std::int64_t>(number & 0xffffffffu) * std::int64_t{factor});",
         "signed integer overflow",
-        ("tests/test_stochastic_rounding.py",),
+        ("tests/test_emulation.py",),
     ),
     Fault(
         "two 16-bit neighbours are read as an aligned word",

@@ -7,8 +7,8 @@
 #include "../core/table.h"
 #include "isa.h"
 
-// Levels beyond the baseline are built where the compiler can aim single functions at them.
-#if defined(__x86_64__) && defined(__GNUC__)
+// Levels beyond the baseline are built where the compiler can aim parts of a file at them, as Clang cannot.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ADAMW_EXT_X86_LEVELS 1
 #else
 #define ADAMW_EXT_X86_LEVELS 0
@@ -32,7 +32,9 @@ using UnscaleKernel = void (*)(const TensorEntry& entry, double factor, std::int
 // Widens elements [begin, end) of one entry's 16-bit gradient to float, into wide[0] and on.
 using WidenKernel = void (*)(const TensorEntry& entry, float* wide, std::int64_t begin, std::int64_t end);
 
-// Writes the first and second words of the elements of `blocks` blocks.
+// Writes the first and second words of the elements of `blocks` blocks, and of those after them up to a multiple of
+// random_block_multiple blocks.
+constexpr int random_block_multiple = 8;
 using RandomKernel = void (*)(const RandomKey& key, std::uint64_t first_block, std::int64_t blocks,
                               std::uint32_t* first, std::uint32_t* second);
 

@@ -96,9 +96,13 @@ class Piece {
     return {first_words_ + skipped, second_words_ + skipped};
   }
 
+  // A run may begin with a block's second element.
+  static constexpr std::int64_t words = elements + elements_per_block * random_block_multiple;
+  static_assert(elements % (elements_per_block * random_block_multiple) == 0);
+
   alignas(64) float grad_[elements];
-  alignas(64) std::uint32_t first_words_[elements + elements_per_block];
-  alignas(64) std::uint32_t second_words_[elements + elements_per_block];
+  alignas(64) std::uint32_t first_words_[words];
+  alignas(64) std::uint32_t second_words_[words];
   std::uint32_t gathered_first_[elements];
   std::uint32_t gathered_second_[elements];
 };
