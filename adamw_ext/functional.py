@@ -35,8 +35,9 @@ def adamw(
     Args:
         params: tensors to update, of any supported dtypes and strides, on devices that have kernels (others go through
             torch). DTensors too: of these and all that belongs to them, the parts in this process.
-        grads, exp_avgs, exp_avg_sqs: one tensor per param, of its shape; gradients of its dtype, moments of its dtype
-            or float32 for bfloat16 and float16 params, laid out in memory as the param.
+        grads, exp_avgs, exp_avg_sqs: one tensor per param, of its shape; gradients of its dtype, or any of
+            float32, bfloat16 and float16 for a param of these; moments of its dtype, or float32 or bfloat16 for these;
+            laid out in memory as the param.
         max_exp_avg_sqs: as exp_avgs if ``amsgrad``, else anything.
         state_steps: one 0-d float32 tensor per param: updates made before this one. Incremented. On the CPU, or, for
             CUDA params, on their device: then the host reads no number, so that the call can be captured in a CUDA

@@ -52,8 +52,9 @@ class AdamW(torch.optim.AdamW):
 
     A drop-in for :class:`torch.optim.AdamW`: the same arguments, defaults, errors, group keys, state keys and state
     dicts. CPU params are updated by the hand-written kernel, in one parallel region for the whole model, with the same
-    bits for every instruction set and thread count; CUDA params by one launch for up to 500 tensors of a dtype, two if
-    capturable, with the CPU's bits, on the current stream and without a synchronisation. DTensors (FSDP2, tensor
+    bits for every instruction set and thread count; CUDA params by one launch for up to 500 tensors of a dtype, with
+    small ones before it where the device counts steps or a norm is clipped, on the current stream and without a
+    synchronisation, written to give the CPU's bits (they have not yet run on a GPU). DTensors (FSDP2, tensor
     parallelism) are updated in the same pass, each process its parts, with the bits of the unsharded run. Params on
     other devices and of other tensor subclasses, groups with ``differentiable=True``, and CUDA params where the build
     has no CUDA kernels, go through torch's own functional AdamW.

@@ -173,7 +173,7 @@ def summary(facts: dict[str, str], outcomes: list[Outcome], out: Path, seconds: 
 
 
 def targets(path: Path) -> list[str]:
-    """The contract's targets as step_time judged them."""
+    """The targets as step_time judged them."""
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text())["targets"]
     except (OSError, ValueError, KeyError):

@@ -33,7 +33,7 @@ WORKS: tuple[tuple[str, Shapes, int, int], ...] = (
     ("1,000 tensors of 64 elements", ((64,),) * 1000, 5, 1),
     ("GPT-2 small, 148 tensors", gpt2_shapes(), 1, 2),
 )
-LIMIT = 1.5  # of the contract, DTensors against plain tensors
+LIMIT = 1.5  # DTensors against plain tensors
 
 
 def make_params(shapes: Shapes, mesh: DeviceMesh | None) -> list[torch.Tensor]:
@@ -101,7 +101,7 @@ def markdown(result: dict[str, Any]) -> str:
         for name in list(OPTIMIZERS)[:2]
         if work[name]["ratio"]["median"] > LIMIT
     ]
-    lines += ["", f"Limit of the contract: {LIMIT}. " + (f"Missed by {'; '.join(missed)}." if missed else "Held."), ""]
+    lines += ["", f"Limit: {LIMIT}. " + (f"Missed by {'; '.join(missed)}." if missed else "Held."), ""]
     return "\n".join(lines)
 
 

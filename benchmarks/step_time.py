@@ -1,6 +1,6 @@
 """Times one optimizer step against its peers and the least time that its bytes take: python -m benchmarks.step_time
 
-Writes DEVICE-DATE.json, .md and .png: times, ratios, and which of the contract's targets they reach.
+Writes DEVICE-DATE.json, .md and .png: times, ratios, and which targets they reach.
 """
 
 import argparse

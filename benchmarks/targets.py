@@ -1,4 +1,4 @@
-"""The contract's targets, judged by the data."""
+"""The targets, judged by the data."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
