@@ -176,6 +176,11 @@ def cuda_architectures() -> str:
 class BuildExtension(cpp_extension.BuildExtension):
     """Gives the library a name that linkers find, and links the module to it."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if self.editable_mode:  # objects would go to a temporary folder; so later builds compile only what changed
+            self.build_temp = os.path.join("build", f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
     def get_ext_filename(self, name: str) -> str:
         *folders, last = name.split(".")
         return os.path.join(*folders, f"{last}.so") if last == LIBRARY else super().get_ext_filename(name)
