@@ -7,7 +7,7 @@ from torch.optim.adamw import adamw as torch_adamw
 from adamw_ext.memory import WHY_NOT_WRITTEN, may_go_into, may_read, may_write
 from adamw_ext.sharded import is_sharded, part, placed_grad
 from adamw_ext.state import describe, is_step, runs_in_kernel, to_float
-from adamw_ext.torch_path import find_capturable_problem, is_read_elsewhere
+from adamw_ext.torch_path import DTYPES, find_capturable_problem, is_read_elsewhere
 
 
 def adamw(
@@ -51,6 +51,9 @@ def adamw(
     """
     if not isinstance(params, (list, tuple)):
         raise TypeError(f"params must be a list of tensors, but is {describe(params)}")
+    for name, flag in (("amsgrad", amsgrad), ("maximize", maximize)):
+        if isinstance(flag, Tensor):  # of which torch's messages would read the memory
+            raise TypeError(f"{name} must be True or False, but is {describe(flag)}")
     lists = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "state_steps": state_steps}
     for name, tensors in {**lists, "max_exp_avg_sqs": max_exp_avg_sqs if amsgrad else []}.items():
         if not isinstance(tensors, (list, tuple)):
@@ -123,6 +126,8 @@ def adamw(
 def _check_for_torch(params: list[Tensor], lists: dict[str, list[Tensor]]) -> None:
     """Raise ValueError where torch's functional AdamW would fail after the first writes."""
     for index, param in enumerate(params):
+        if param.dtype not in DTYPES:
+            raise ValueError(f"params[{index}] must be of a dtype that torch computes with, but is {describe(param)}")
         _check_is_writable(param, f"params[{index}]")
     for name, tensors in lists.items():
         if len(tensors) != len(params):

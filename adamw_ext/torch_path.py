@@ -15,6 +15,12 @@ from adamw_ext.memory import WHY_NOT_WRITTEN, may_go_into, may_write
 from adamw_ext.sharded import part
 from adamw_ext.state import MOMENTS, describe, is_moment, is_step, new_state, to_float
 
+# What torch's AdamW computes with; of dtypes that lack an operation it raises halfway.
+DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.complex128, torch.complex64, torch.complex32),
+)
+
 
 def find_problem(param: Tensor) -> str | None:
     """Why torch's functional AdamW could not update this param with the gradient it has; None if it could."""
@@ -23,9 +29,9 @@ def find_problem(param: Tensor) -> str | None:
         return None
     if param.is_nested or grad.is_nested:
         return "it or its gradient is a nested tensor"
-    if param.layout != torch.strided or param.is_quantized or not (param.is_floating_point() or param.is_complex()):
+    if param.layout != torch.strided or param.is_quantized or param.dtype not in DTYPES:
         return (
-            "it must be a strided tensor of a floating point or complex dtype, "
+            "it must be a strided tensor of a floating point or complex dtype that torch computes with, "
             f"but has layout {param.layout} and dtype {param.dtype}"
         )
     if grad.layout != torch.strided:
@@ -37,10 +43,10 @@ def find_problem(param: Tensor) -> str | None:
         return WHY_NOT_WRITTEN
     if not may_go_into(grad, param):
         return "its gradient alone belongs to a functorch transform"
-    if (grad.shape, grad.device) != (param.shape, param.device):
+    if (grad.shape, grad.dtype, grad.device) != (param.shape, param.dtype, param.device):
         return (
-            f"its gradient must have shape {tuple(param.shape)} on {param.device}, "
-            f"but has shape {tuple(grad.shape)} on {grad.device}"
+            f"its gradient must have shape {tuple(param.shape)} and dtype {param.dtype} on {param.device}, "
+            f"but has shape {tuple(grad.shape)} and dtype {grad.dtype} on {grad.device}"
         )
     return None
 
@@ -97,7 +103,8 @@ def find_state_problem(param: Tensor, state: Any, group: dict[str, Any]) -> str 
         return f"its state 'step' must be a tensor that holds a number of updates, but is {describe(state.get('step'))}"
     for key in MOMENTS if group["amsgrad"] else MOMENTS[:2]:
         moment = part(state.get(key))
-        if not is_moment(moment, part(param)) or moment.device != param.device or not may_write(moment):
+        fits = is_moment(moment, part(param)) and (moment.dtype, moment.device) == (param.dtype, param.device)
+        if not fits or not may_write(moment):
             return f"its state {key!r} must be a tensor as the param, but is {describe(state.get(key))}"
         if not may_go_into(part(param.grad), moment):
             return f"its gradient belongs to a functorch transform, but its state {key!r} does not"

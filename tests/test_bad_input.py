@@ -109,6 +109,8 @@ def snapshot(optimizer):
 
 def same(a, b):
     if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype.itemsize == b.dtype.itemsize == 1:  # float8 has no nan_to_num
+            a, b = a.float(), b.float()
         return a.shape == b.shape and torch.equal(a.nan_to_num(123.0), b.nan_to_num(123.0))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
@@ -240,6 +242,44 @@ def test_a_bad_gradient_in_a_group_that_torch_updates_stops_all_groups():
     params[2].grad = params[2].grad.to_sparse()
     before = snapshot(optimizer)
     with pytest.raises(RuntimeError, match="sparse gradients"):
+        optimizer.step()
+    assert_as_in(before, optimizer)
+
+
+def to_float8(param):
+    param.data = param.data.to(torch.float8_e4m3fn)
+    param.grad = torch.ones_like(param)
+
+
+def give_float64_gradient(param):
+    if not hasattr(param, "grad_dtype"):
+        pytest.skip("this torch has no Tensor.grad_dtype: .grad has its param's dtype")
+    param.grad_dtype = None
+    param.grad = torch.ones_like(param, dtype=torch.float64)
+
+
+# Of these torch's functional AdamW raises halfway.
+BEYOND_TORCH = {
+    "a param of a dtype that torch does not compute with": (to_float8, "dtype that torch computes with"),
+    "a gradient of another dtype": (give_float64_gradient, "its gradient must have shape .* and dtype torch.float32"),
+    "moments of another dtype": (None, "its state 'exp_avg' must be a tensor as the param"),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND_TORCH)
+def test_what_torch_has_no_operation_for_stops_all_groups(name):
+    spoil, words = BEYOND_TORCH[name]
+    params = make_params()
+    optimizer = AdamW([{"params": [param], "differentiable": True} for param in params[:2]], lr=0.1)
+    set_grads(params, 0)
+    if spoil:
+        spoil(params[1])
+    else:
+        optimizer.init_state()
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[params[1]][key] = torch.zeros_like(params[1], dtype=torch.float64)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=words), torch.no_grad():
         optimizer.step()
     assert_as_in(before, optimizer)
 

@@ -152,6 +152,9 @@ def test_the_functional_form_refuses_a_freed_tensor_in_a_wrong_place():
         refused_in_child(lambda given=given: functional.adamw(*given, **hyper, differentiable=True), "must|fit")
     refused_in_child(lambda: functional.adamw([[freed()]], *lists[1:], **hyper), r"params\[0\] must be a tensor")
     refused_in_child(lambda: functional.adamw({0: freed()}, *lists[1:], **hyper), "params must be a list")
+    for flag in ("amsgrad", "maximize"):
+        spoilt = {**hyper, flag: freed()}
+        refused_in_child(lambda spoilt=spoilt: functional.adamw(*lists, **spoilt), f"{flag} must be True or False")
 
 
 SHOWN = {

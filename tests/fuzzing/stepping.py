@@ -345,7 +345,7 @@ def spoil_params(subject: Subject, random: Random) -> Undo:
         try:
             param.data = junk.spoil(data, random)
         except (RuntimeError, TypeError, junk.Planted):  # torch refuses to exchange a param for that
-            param.data = torch.ones(data.shape, dtype=data.dtype)
+            param.data = torch.ones(2, dtype=data.dtype)  # a shape may be that of no memory
     elif kind == 3:
         with contextlib.suppress(RuntimeError):  # torch's refusals: of memory that is not its own, or shared lazily
             resize_storage(param, random.choice((0, content.numel() // 2, content.numel() + 64)))
@@ -360,7 +360,8 @@ def spoil_params(subject: Subject, random: Random) -> Undo:
         other = random.choice((data.clone(), data.flatten())) if is_readable(data) else data.detach()
         param.data = random.choice((random.choice(subject.params).data, param.grad, other))
     else:
-        param.requires_grad_(random.random() < 0.5)
+        with contextlib.suppress(RuntimeError):  # torch's refusal of inference tensors
+            param.requires_grad_(random.random() < 0.5)
         if random.random() < 0.5 and group["params"]:
             group["params"].pop()
     return restore
