@@ -86,6 +86,9 @@ class FunctionalAdamW:
         ]:
             if not is_usable:
                 raise ValueError(f"Invalid {name}: {value}")
+        for name, flag in [("amsgrad", amsgrad), ("maximize", maximize)]:
+            if isinstance(flag, Tensor):  # in Python; torch's own messages would read its memory
+                raise ValueError(f"{name} must be True or False, but is a tensor")
         if len(params) == 0 and not _allow_empty_param_list:
             raise ValueError("optimizer got an empty parameter list")
         self.defaults = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps, "weight_decay": weight_decay}

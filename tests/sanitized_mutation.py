@@ -1,10 +1,11 @@
 """Do the sanitizers notice faults that seldom change a number? Seeds one after the other, and requires their words.
 
-    python -m tests.sanitized_mutation [--all | --no-faults] [--out DIRECTORY]
+    python -m tests.sanitized_mutation [--all | --no-faults | --only WORDS] [--out DIRECTORY]
 
 Runs tests/sanitizers.py first, which must find nothing; with --all if that is given here. Then each fault is built in
 the same copy of the checkout, and must be reported in our libraries. On demand; the record goes to benchmarks/results.
-With --no-faults the record is that of the last runs of tests/sanitizers.py, as `make test-sanitized` leaves them.
+With --no-faults the record is that of the last runs of tests/sanitizers.py, as `make test-sanitized` leaves them; with
+--only, too, and the day's record of the other faults stays.
 """
 
 import argparse
@@ -62,7 +63,7 @@ FAULTS = [
         "number = (number & 0xffffffffu) * factor;",
         "number = static_cast<std::uint64_t>(static_cast<std::int64_t>(number & 0xffffffffu) * std::int64_t{factor});",
         "signed integer overflow",
-        ("tests/test_emulation.py",),
+        ("tests/test_stochastic_rounding.py",),
     ),
     Fault(
         "two 16-bit neighbours are read as an aligned word",
@@ -99,7 +100,7 @@ FAULTS = [
         "segment(entry, begin, end < numel ? end : numel);",
         "segment(entry, begin, end < numel ? end + 1 : numel);",
         "data race",
-        ("tests/test_bits.py",),
+        ("tests/test_concurrency.py",),
     ),
     Fault(
         "two threads may take the same chunk",
@@ -182,21 +183,26 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", help="where the record goes")
     parser.add_argument("--all", action="store_true", help="before faults, also the tests that take long")
     parser.add_argument("--no-faults", action="store_true", help="the record of what was run last")
+    parser.add_argument("--only", metavar="WORDS", help="only faults with these in their name")
     choices = parser.parse_args()
     check_texts(FAULTS)
+    chosen = [] if choices.no_faults else [fault for fault in FAULTS if (choices.only or "") in fault.name]
     records, faults = [], []
     for name in SANITIZERS:
         sanitized = Sanitized(name, ROOT / "out" / f"sanitize-{name}")
-        if choices.no_faults:
+        if choices.no_faults or choices.only:
             records.append(json.loads((sanitized.tree / "out" / "record.json").read_text()))
-            continue
-        records.append(check(name, sanitized.tree, everything=choices.all))
-        for fault in (fault for fault in FAULTS if fault.sanitizer == name):
+        else:
+            records.append(check(name, sanitized.tree, everything=choices.all))
+        for fault in (fault for fault in chosen if fault.sanitizer == name):
             begin = time.monotonic()
             found = seed(sanitized, fault)
             faults.append({"name": fault.name, "sanitizer": name, "words": fault.words, "found": found})
             print(f"{time.monotonic() - begin:4.0f} s  {fault.name}: {fault.words if found else 'NOTHING'}", flush=True)
     facts = conditions()
+    if choices.only and (path := choices.out / f"sanitizers-{facts['date']}.json").exists():
+        of_name = {row["name"]: row for row in [*json.loads(path.read_text())["faults"], *faults]}
+        faults = [of_name[fault.name] for fault in FAULTS if fault.name in of_name]
     result = {**facts, "runs": records, "faults": faults}
     write_dated(choices.out, "sanitizers", result, report_of(records, faults, facts))
     return 0 if all(fault["found"] for fault in faults) else 1

@@ -154,7 +154,10 @@ def test_the_functional_form_refuses_a_freed_tensor_in_a_wrong_place():
     refused_in_child(lambda: functional.adamw({0: freed()}, *lists[1:], **hyper), "params must be a list")
     for flag in ("amsgrad", "maximize"):
         spoilt = {**hyper, flag: freed()}
-        refused_in_child(lambda spoilt=spoilt: functional.adamw(*lists, **spoilt), f"{flag} must be True or False")
+        words = f"{flag} must be True or False"
+        refused_in_child(lambda spoilt=spoilt: functional.adamw(*lists, **spoilt), words)
+        spoilt = {flag: freed()}
+        refused_in_child(lambda spoilt=spoilt: adamw_ext.jit.FunctionalAdamW(lists[0], **spoilt), words)
 
 
 SHOWN = {
