@@ -62,7 +62,8 @@ def step_time(result: Result, stem: str) -> list[str]:
         f"One optimizer step on {result['date']}: {result['threads']} threads of {result['processor']} "
         f"({build['isa']}), torch {build['torch']}. Every optimizer steps the same tensors in one process; medians of "
         "interleaved rounds. The *floor* is a loop in the same run that moves the same bytes and computes nothing. The "
-        f"machine's memory and caches are shared with others. Load average before the run: {result['load_average']:.1f}.",
+        "machine's memory and caches are shared with others. "
+        f"Load average before the run: {result['load_average']:.1f}.",
         table(header, rows),
         *targets(result, stem),
         f"![time of one optimizer step]({stem}.png)",
