@@ -859,6 +859,7 @@ def test_an_optimizer_stepped_from_hooks_of_its_own_params_is_collected(cls):
 
 
 def test_an_optimizer_and_its_params_are_freed_without_the_garbage_collector():
+    torch.optim.AdamW(make_params())  # a process's first optimizer of torch's is kept by frames of torch's imports
     gc.collect()
     gc.disable()
     try:
@@ -889,14 +890,16 @@ def test_a_thousand_steps_leave_nothing_behind():
         optimizer.step()
     gc.collect()
     objects = len(gc.get_objects())
-    resident = resident_bytes() if platform.system() == "Linux" else 0
-    for _ in range(1000):
-        optimizer.step()
-    gc.collect()
+    grown = []
+    for _ in range(3):  # one of them may see the system make a huge page of small ones, 2 MiB
+        resident = resident_bytes() if platform.system() == "Linux" else 0
+        for _ in range(1000):
+            optimizer.step()
+        gc.collect()
+        grown.append(resident_bytes() - resident if platform.system() == "Linux" else 0)
     assert len(gc.get_objects()) - objects < 20
-    if platform.system() == "Linux":
-        assert resident_bytes() - resident < 1 << 20
-    assert all(optimizer.state[param]["step"].item() == 1200 for param in params)
+    assert min(grown) < 1 << 20
+    assert all(optimizer.state[param]["step"].item() == 3200 for param in params)
 
 
 def tensor_bytes_allocated(optimizer):
