@@ -105,7 +105,7 @@ def train(out: Path, config: ClusterConfig, short: bool) -> dict[str, dict[str, 
             return pool.submit(launch, name, out, workers, *arguments, *["--short"] * short, restarts=restarts)
 
         undisturbed = start("undisturbed", 2)
-        # One restart is for the kill. Others are for gloo, whose workers may fail to meet again at a taken port.
+        # One restart is for the kill. More, because a restarted worker was once seen to abort, outside of Python.
         killed = start("killed", 2, "--die-before-step", str(die_before), restarts=3)
         records = {"undisturbed": undisturbed.result(), "killed": killed.result()}
         on_1, on_4 = start("on_1", 1, *resume), start("on_4", 4, *resume)

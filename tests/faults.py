@@ -3,10 +3,13 @@
 All of them compile, or run as Python; a fault that breaks every step proves nothing.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+Row = dict[str, Any]
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +60,14 @@ def check_texts(faults: Iterable[Any]) -> None:
         count = (ROOT / fault.file).read_text().count(fault.old)
         if count != 1:
             raise SystemExit(f"{fault.name!r}: the text to replace occurs {count} times in {fault.file}:\n{fault.old}")
+
+
+def rows_of_today(path: Path, rows: list[Row], faults: Iterable[Any], key: str) -> list[Row]:
+    """These, and those of other faults that a run of the same day wrote, in the order of the faults. key: of a row, the
+    fault's name."""
+    earlier = json.loads(path.read_text())["faults"] if path.exists() else []
+    by_name = {row[key]: row for row in [*earlier, *rows]}
+    return [by_name[fault.name] for fault in faults if fault.name in by_name]
 
 
 FAULTS = [

@@ -9,7 +9,6 @@ with less optimisation, which changes no bit and takes a fifth of the time.
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.device import conditions, write_dated
-from tests.faults import FAULTS, ROOT, Fault, check_texts
+from tests.faults import FAULTS, ROOT, Fault, check_texts, rows_of_today
 
 FOLDERS = ("csrc", "adamw_ext", "tests", "benchmarks")
 FILES = ("build_checks.py", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -154,13 +153,6 @@ def try_in_copy(faults: list[Fault]) -> list[dict[str, object]]:
     return rows
 
 
-def rows_of_today(path: Path, rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    """These, and those of other faults that a run of the same day wrote, in the order of FAULTS."""
-    earlier = json.loads(path.read_text())["faults"] if path.exists() else []
-    by_name = {row["fault"]: row for row in [*earlier, *rows]}
-    return [by_name[fault.name] for fault in FAULTS if fault.name in by_name]
-
-
 def report(rows: list[dict[str, object]]) -> str:
     noticed = [row for row in rows if row["noticed by"]]
     lines = [
@@ -201,7 +193,7 @@ def main() -> int:
     rows = try_all(faults)
     if arguments.out:
         result = conditions()
-        all_rows = rows_of_today(arguments.out / f"mutation-{result['date']}.json", rows)
+        all_rows = rows_of_today(arguments.out / f"mutation-{result['date']}.json", rows, FAULTS, "fault")
         write_dated(arguments.out, "mutation", {**result, "faults": all_rows}, report(all_rows))
     else:
         print(report(rows))

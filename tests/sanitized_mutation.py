@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.device import conditions, write_dated
-from tests.faults import check_texts
+from tests.faults import check_texts, rows_of_today
 from tests.sanitizers import ROOT, SANITIZERS, Failure, Sanitized, check
 
 
@@ -200,9 +200,8 @@ def main() -> int:
             faults.append({"name": fault.name, "sanitizer": name, "words": fault.words, "found": found})
             print(f"{time.monotonic() - begin:4.0f} s  {fault.name}: {fault.words if found else 'NOTHING'}", flush=True)
     facts = conditions()
-    if choices.only and (path := choices.out / f"sanitizers-{facts['date']}.json").exists():
-        of_name = {row["name"]: row for row in [*json.loads(path.read_text())["faults"], *faults]}
-        faults = [of_name[fault.name] for fault in FAULTS if fault.name in of_name]
+    if choices.only:
+        faults = rows_of_today(choices.out / f"sanitizers-{facts['date']}.json", faults, FAULTS, "name")
     result = {**facts, "runs": records, "faults": faults}
     write_dated(choices.out, "sanitizers", result, report_of(records, faults, facts))
     return 0 if all(fault["found"] for fault in faults) else 1

@@ -882,7 +882,7 @@ def resident_bytes():
         return int(file.read().split()[1]) * 4096
 
 
-def test_a_thousand_steps_leave_nothing_behind():
+def test_thousands_of_steps_leave_nothing_behind():
     params = make_params(torch.float32, shapes=[(64,)] * 40)
     optimizer = AdamW(params, lr=0.001)
     set_grads(params, 0)
@@ -890,15 +890,13 @@ def test_a_thousand_steps_leave_nothing_behind():
         optimizer.step()
     gc.collect()
     objects = len(gc.get_objects())
-    grown = []
-    for _ in range(3):  # one of them may see the system make a huge page of small ones, 2 MiB
-        resident = resident_bytes() if platform.system() == "Linux" else 0
-        for _ in range(1000):
-            optimizer.step()
-        gc.collect()
-        grown.append(resident_bytes() - resident if platform.system() == "Linux" else 0)
+    resident = resident_bytes() if platform.system() == "Linux" else 0
+    for _ in range(3000):
+        optimizer.step()
+    gc.collect()
     assert len(gc.get_objects()) - objects < 20
-    assert min(grown) < 1 << 20
+    if platform.system() == "Linux":  # 1 KiB a step; fewer steps drown in the 2 MiB of a huge page, made of small ones
+        assert resident_bytes() - resident < 3 << 20
     assert all(optimizer.state[param]["step"].item() == 3200 for param in params)
 
 
